@@ -1,0 +1,147 @@
+"""The messages between the HTTP process and the engine process: one batch per step each way.
+
+All are msgspec structs, encoded as MessagePack and tagged by type. This module imports neither
+torch nor the HTTP stack.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from scheduler.request import Request
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one sequence of one request.
+
+    Attributes:
+        request_id: the request's id.
+        index: which of its n answers.
+        tokens: ids generated since the last delta, in order; may be empty on an abort. An
+            end-of-sequence or stop
+            token that ended the answer is included: it counts as a completion token but is not
+                shown as text.
+        finish_reason: None while the sequence goes on.
+        stop_reason: the stop token id that ended it, when one of the request's own
+            `stop_token_ids` did.
+    """
+
+    request_id: str
+    index: int
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the front door must know about the running engine; computed at start, never changed.
+
+    Attributes:
+        model_path: local folder of the checkpoint (tokenizer files are read from it).
+        max_model_len: longest prompt + answer, in tokens.
+        eos_token_ids: ids at which answers stop.
+        num_blocks: KV blocks in the pool; num_blocks * block_size tokens fit at once.
+        kv_bytes_per_token: bytes of K and V of one token over all layers.
+        weight_bytes: bytes of the loaded weights.
+    """
+
+    model_path: str
+    architecture: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A snapshot taken after a step. Counters count since start."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a request was not admitted; becomes `InvalidRequest` at the client."""
+
+    request_id: str
+    message: str
+    param: str | None
+    code: str
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A request that the engine had to end because of an exception of its own."""
+
+    request_id: str
+    message: str
+
+
+# front door -> engine
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    requests: list[Request]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish nothing, free everything, exit 0."""
+
+
+# engine -> front door
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Start-up progress of one phase (`download`, `weights`, `memory`, `kernels`), done of total
+    in its own units."""
+
+    phase: str
+    done: float
+    total: float
+    note: str = ""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """One line for the operator: what, where, what to do. `expected` tells a mistake of theirs
+    from a bug of ours."""
+
+    message: str
+    expected: bool
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """All that one step has to say."""
+
+    stats: EngineStats
+    admitted: list[str] = []
+    refused: list[Refusal] = []
+    failed: list[Failure] = []
+    deltas: list[TokenDelta] = []
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = Progress | Ready | StartFailed | StepOutput

@@ -1,0 +1,111 @@
+"""What one forward pass knows about its batch: passed as an argument, never a global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.dispatch import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTables:
+    """Where the tokens of one KV group (layers that share a block table) live.
+
+    Attributes:
+        block_tables: int32 [seqs, max_blocks]
+        slot_mapping: int64 [tokens]; block * block_size + offset; -1 stores nothing
+    """
+
+    block_tables: Tensor
+    slot_mapping: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """One ragged batch. Sequences with exactly one token come first (`num_decodes` of them), then
+    longer chunks.
+
+        tokens   d0 d1 d2 | p3 p3 p3 p3 | p4 p4      num_decodes = 3
+                 rows 0..2   query_start[1] = 4 ...  (query_start counts from the first chunk row)
+
+    Attributes:
+        positions: int64 [tokens]; position of each token in its own sequence
+        context_lens: int32 [seqs]; tokens of the sequence after this pass
+        query_start: int32 [seqs - num_decodes + 1]; row offsets of the chunks, relative to row
+            num_decodes
+        num_decodes: sequences (and rows) of exactly one token
+        max_query_len: longest chunk (1 if there are none)
+        max_context_len: largest of context_lens
+        groups: one per KV group; `layer_groups[layer]` says which one a layer uses
+        pages: per layer [2, num_blocks, kv_heads, block_size, head_dim]
+        backend: the attention kernels of this device
+    """
+
+    positions: Tensor
+    context_lens: Tensor
+    query_start: Tensor
+    num_decodes: int
+    max_query_len: int
+    max_context_len: int
+    groups: tuple[GroupTables, ...]
+    layer_groups: tuple[int, ...]
+    pages: tuple[Tensor, ...]
+    backend: Backend
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Stores the new keys and values of `layer`, then attends over everything cached.
+
+        Args:
+            query: [tokens, heads, head_dim]
+            key, value: [tokens, kv_heads, head_dim]
+            window: 0 attends to everything; otherwise position p sees (p - window, p].
+
+        Returns:
+            [tokens, heads, head_dim]
+        """
+        group = self.groups[self.layer_groups[layer]]
+        pages, tables = self.pages[layer], group.block_tables
+        self.backend.store_kv(key, value, pages, group.slot_mapping)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        d = self.num_decodes
+        if d:
+            self.backend.paged_decode(
+                query[:d],
+                pages,
+                tables[:d],
+                self.context_lens[:d],
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                out=out[:d],
+                max_context_len=self.max_context_len,
+            )
+        if d < query.shape[0]:
+            self.backend.paged_prefill(
+                query[d:],
+                pages,
+                tables[d:],
+                self.context_lens[d:],
+                self.query_start,
+                max_query_len=self.max_query_len,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                out=out[d:],
+            )
+        return out

@@ -1,0 +1,151 @@
+"""What a client asks for: one frozen value, validated where it is built.
+
+`Request` and `SamplingParams` cross the process boundary, so they are msgspec structs. Every front
+door (HTTP, offline,
+tests) builds these very types; their `__post_init__` is the one place that checks ranges.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+MAX_N = 128
+MAX_STOP_TOKEN_IDS = 128
+
+
+class InvalidRequest(ValueError):
+    """A request that can never be served as it stands.
+
+    Attributes:
+        message: what is wrong, naming the field, the limit and the value.
+        param: path of the offending field (`temperature`, `messages.0.role`) or None.
+        code: the wire contract's error code (`invalid_value`, `context_length_exceeded`, ...).
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code
+
+
+def _require(ok: bool, param: str, limit: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequest(f"{param} must be {limit}, got {value!r}", param)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen and when to stop. Defaults are OpenAI's, not the checkpoint's.
+
+    Attributes:
+        temperature: 0 is greedy; up to 2.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probabilities add up to top_p, in
+            (0, 1].
+        min_p: drop tokens less likely than min_p times the likeliest, in [0, 1].
+        seed: fixes the random numbers of the request; None draws a seed when the request is built.
+        max_tokens: most tokens to generate; None means up to the end of the context.
+        stop_token_ids: token ids that end the answer, beside the model's own end-of-sequence ids.
+        ignore_eos: do not stop at the model's end-of-sequence ids.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        # `not (a <= x <= b)` also refuses NaN.
+        _require(0 <= self.temperature <= 2, "temperature", "between 0 and 2", self.temperature)
+        _require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or positive", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
+        if self.seed is not None:
+            _require(SEED_MIN <= self.seed <= SEED_MAX, "seed", "a 64-bit integer", self.seed)
+        if self.max_tokens is not None:
+            _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"at most {MAX_STOP_TOKEN_IDS} ids",
+            len(self.stop_token_ids),
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken without drawing a random number."""
+        return self.temperature == 0.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt to continue, `n` times.
+
+    Attributes:
+        id: unique among live requests; chosen by the front door.
+        prompt_ids: the prompt's token ids, at least one.
+        sampling: how to continue it. Its seed is never None here (see `build`).
+        n: how many answers, each its own sequence with index 0..n-1.
+        arrival: `time.monotonic()` when the front door took the request.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    n: int = 1
+    arrival: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(len(self.prompt_ids) >= 1, "prompt", "at least one token", "none")
+        _require(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}", self.n)
+
+
+def build(
+    request_id: str,
+    prompt_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    seed: int,
+    n: int = 1,
+    param: str = "prompt",
+) -> Request:
+    """The one door: a validated `Request` or an `InvalidRequest`.
+
+    Args:
+        vocab_size: ids must lie in 0..vocab_size-1.
+        max_model_len: prompt + max_tokens may not pass it; without max_tokens one token must still
+            fit.
+        seed: used when the client gave none (drawn by the caller, so that this stays a pure
+            function).
+        param: the client's name of the prompt field (`prompt` or `messages`), for the error.
+    """
+    if prompt_ids and not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
+        bad = next(i for i in prompt_ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(
+            f"{param} has token id {bad}, but the vocabulary ends at {vocab_size - 1}", param
+        )
+    wanted = sampling.max_tokens
+    if len(prompt_ids) + (wanted or 1) > max_model_len:
+        asked = f"{wanted} in max_tokens" if wanted else "at least 1 to generate"
+        raise InvalidRequest(
+            f"the context is {max_model_len} tokens, but the request needs "
+            f"{len(prompt_ids) + (wanted or 1)} ({len(prompt_ids)} in {param}, {asked})",
+            param,
+            "context_length_exceeded",
+        )
+    changes: dict[str, object] = {}
+    if wanted is None:
+        changes["max_tokens"] = max_model_len - len(prompt_ids)
+    if sampling.seed is None:
+        changes["seed"] = seed
+    if changes:
+        sampling = msgspec.structs.replace(sampling, **changes)
+    return Request(
+        id=request_id, prompt_ids=prompt_ids, sampling=sampling, n=n, arrival=time.monotonic()
+    )
