@@ -1,0 +1,397 @@
+"""Everything an operator can set: one frozen tree, read from flags, environment and a file.
+
+Every leaf has one flat name that is unique over the tree: `block_size` is the flag `--block-size`,
+the variable `QUIRE_BLOCK_SIZE`, the key `block_size` of the file and `settings.cache.block_size`
+in code. Flags win over the environment, the environment over the file, the file over defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
+
+ENV_PREFIX: Final = "QUIRE_"
+CONFIG: Final = "config"  # names the file itself; never a key of the file
+PRESETS_DIR: Final = Path(__file__).parent
+EMBEDDED: Final = "embedded"
+CPU_KV_CACHE_BYTES: Final = 1 << 30
+"""KV pool on CPUs where none is set: host memory is shared, so it is never "the rest"."""
+
+_UNITS: Final = {"": 1, "b": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for ending, base in (("b", 1000), ("ib", 1024))
+}
+# A Kubernetes Service called `quire` puts these into every pod of its namespace.
+_SERVICE_LINK = re.compile(r"QUIRE_(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP)).*")
+
+
+class SettingsError(ValueError):
+    """What is set cannot be used. The message is one line: the field, the limit, the value."""
+
+
+def parse_bytes(value: object) -> object:
+    """`"4GiB"` -> 4294967296, `"512MB"` -> 512000000; what is not text is left to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("must be bytes such as 536870912, 512MB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]]) if match[2] else int(float(match[1]))
+
+
+def format_bytes(count: float) -> str:
+    """1073741824 -> `1 GiB`; at most one decimal."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            break
+        count, unit = count / 1024, larger
+    return f"{count:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def _split_names(value: object) -> object:
+    """Flags give a list, the environment `a,b`, a file either."""
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+        return tuple(name.strip() for part in parts for name in part.split(",") if name.strip())
+    return value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _block_size(value: int) -> int:
+    if value not in (8, 16, 32, 64, 128):
+        raise ValueError("must be one of 8, 16, 32, 64, 128")
+    return value
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """What is served, and in which numbers."""
+
+    model: Annotated[
+        str,
+        Field(min_length=1, description=f"Folder, Hugging Face id, or `{EMBEDDED}` (comes along)"),
+    ] = EMBEDDED
+    revision: Annotated[
+        str | None, Field(description="Branch, tag or commit of a Hugging Face id")
+    ] = None
+    served_model_name: Annotated[
+        Names | None,
+        Field(
+            min_length=1,
+            description="Names that clients may use; the first is reported. "
+            "Default: the folder's name, the id, or `quire-embedded`",
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="`auto`: bfloat16 where the device computes in it, else float32"),
+    ] = "auto"
+    max_model_len: Annotated[
+        Count | None,
+        Field(description="Longest prompt plus answer in tokens. Default: what the model allows"),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="`auto`: a GPU if there is one")
+    ] = "auto"
+    cpu_threads: Annotated[
+        Count | None,
+        Field(description="Threads that compute on a CPU. Default: the cores this process may use"),
+    ] = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names clients may use, at least one; the first is the one reported back."""
+        if self.served_model_name:
+            return self.served_model_name
+        if self.model == EMBEDDED:
+            return ("quire-embedded",)
+        folder = Path(self.model)
+        return (folder.resolve().name,) if folder.is_dir() else (self.model,)
+
+
+class CacheSettings(Section):
+    """The pool of KV blocks."""
+
+    block_size: Annotated[
+        int,
+        AfterValidator(_block_size),
+        Field(description="Tokens per KV block: 8, 16, 32, 64 or 128"),
+    ] = 16
+    gpu_memory_utilization: Annotated[
+        float,
+        Field(gt=0, le=1, description="Share of GPU memory for weights, work space and KV blocks"),
+    ] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        Bytes | None,
+        Field(
+            gt=0,
+            description="Size of the KV pool, such as `4GiB`. Default: what "
+            f"`gpu_memory_utilization` leaves; on a CPU {format_bytes(CPU_KV_CACHE_BYTES)}",
+        ),
+    ] = None
+    num_gpu_blocks_override: Annotated[
+        Count | None,
+        Field(description="KV blocks in the pool, whatever the memory; on any device"),
+    ] = None
+
+
+class SchedulingSettings(Section):
+    """How much one step takes on."""
+
+    max_num_seqs: Annotated[Count, Field(description="Most sequences in one step")] = 128
+    max_num_batched_tokens: Annotated[
+        Count, Field(description="Most tokens in one step; longer prompts are read in chunks")
+    ] = 2048
+
+    @model_validator(mode="after")
+    def _every_sequence_gets_a_token(self) -> SchedulingSettings:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), "
+                f"got {self.max_num_batched_tokens}"
+            )
+        return self
+
+
+class HttpSettings(Section):
+    """Where clients knock."""
+
+    host: Annotated[
+        str, Field(min_length=1, description="Address to listen on; `0.0.0.0` is every network")
+    ] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 takes a free one")] = 8000
+    api_key: Annotated[
+        SecretStr | None,
+        Field(description="Bearer key that clients must send; better set in the environment"),
+    ] = None
+
+
+class LimitSettings(Section):
+    """What one HTTP request may hold."""
+
+    max_body_bytes: Annotated[Bytes, Field(ge=1, description="Largest request body")] = 4 << 20
+    max_messages: Annotated[Count, Field(description="Most messages of one chat")] = 1000
+    max_prompts: Annotated[Count, Field(description="Most prompts of one completion")] = 1000
+
+
+class ObservabilitySettings(Section):
+    """What the operator sees."""
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(_lower),
+        Field(description="Least important log line that is written"),
+    ] = "info"
+
+
+class Settings(BaseSettings):
+    """The whole tree. `Settings()` is the defaults; `Settings.read` is what an operator set."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSettings = ModelSettings()
+    cache: CacheSettings = CacheSettings()
+    scheduling: SchedulingSettings = SchedulingSettings()
+    http: HttpSettings = HttpSettings()
+    limits: LimitSettings = LimitSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
+
+    @classmethod
+    def settings_customise_sources(  # only what `read` hands over: `Settings()` is the defaults
+        cls, settings_cls: type[BaseSettings], init_settings: Any, *_: Any, **__: Any
+    ) -> tuple[InitSettingsSource, ...]:
+        return (init_settings,)
+
+    @classmethod
+    def of(cls, **flat: object) -> Settings:
+        """`Settings.of(model="m", block_size=8)`: flat names, and nothing from outside."""
+        return cls.read(flat, environ={})
+
+    @classmethod
+    def read(
+        cls, flags: Mapping[str, object], environ: Mapping[str, str] | None = None
+    ) -> Settings:
+        """The settings that flags, environment and file add up to.
+
+        Args:
+            flags: flat names to values, only those given; `config` names a file or a preset.
+            environ: in place of `os.environ`.
+
+        Raises:
+            SettingsError: an unknown name, a value out of range, a file that cannot be read.
+        """
+        variables = _from_environment(os.environ if environ is None else environ)
+        given = {name: value for name, value in flags.items() if value is not None}
+        _check_names(given, [*FIELDS, CONFIG], "setting", str)
+        path = given.pop(CONFIG, variables.pop(CONFIG, None))
+        in_file = {} if path is None else _from_file(str(path))
+        origins = {
+            **dict.fromkeys(in_file, f"the file {path}"),
+            **{name: ENV_PREFIX + name.upper() for name in variables},
+            **dict.fromkeys(given, ""),
+        }
+        sources = tuple(
+            InitSettingsSource(cls, _nest(flat)) for flat in (given, variables, in_file)
+        )
+        try:
+            return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings
+        except ValidationError as error:
+            lines = [_one_line(detail, origins) for detail in error.errors()]
+            raise SettingsError("; ".join(lines)) from None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the tree, as flags, variables and the documentation see it."""
+
+    name: str
+    section: str
+    description: str
+    default: object
+    many: bool
+    secret: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def _leaves() -> dict[str, Setting]:
+    leaves: dict[str, Setting] = {}
+    for section, holder in Settings.model_fields.items():
+        assert isinstance(holder.annotation, type) and issubclass(holder.annotation, Section)
+        for name, field in holder.annotation.model_fields.items():
+            assert name not in leaves, f"{name} is in two sections"
+            leaves[name] = Setting(
+                name=name,
+                section=section,
+                description=field.description or "",
+                default=field.default,
+                many="tuple" in str(field.annotation),
+                secret="SecretStr" in str(field.annotation),
+            )
+    return leaves
+
+
+FIELDS: Final[Mapping[str, Setting]] = _leaves()
+"""Every setting by its flat name, in the order of the tree."""
+
+
+def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        tree.setdefault(FIELDS[name].section, {})[name] = value
+    return tree
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    """Variables that start with QUIRE_; an empty one counts as not set, as composing files do."""
+    found = {
+        name: value.strip()
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX)
+        and not _SERVICE_LINK.fullmatch(name)
+        and not (name == "QUIRE_PORT" and value.startswith("tcp://"))
+    }
+    spelled = {name: name.removeprefix(ENV_PREFIX).lower() for name in found}
+    _check_names(spelled.values(), [*FIELDS, CONFIG], "environment variable", _variable_of)
+    return {spelled[name]: value for name, value in found.items() if value}
+
+
+def _variable_of(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def presets() -> dict[str, Path]:
+    """The ready-made files by name."""
+    return {path.stem: path for path in sorted(PRESETS_DIR.glob("*.yaml"))}
+
+
+def _from_file(name: str) -> dict[str, object]:
+    """The keys of a file, or of the preset of that name; `block-size` and `block_size` alike."""
+    import yaml
+
+    path = Path(name) if Path(name).is_file() else presets().get(name)
+    if path is None:
+        raise SettingsError(
+            f"config must be a file or one of the presets {', '.join(presets())}, got {name}"
+        )
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"config {name} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    if keys is None:
+        return {}
+    if not isinstance(keys, dict):
+        raise SettingsError(f"config {name} must hold `name: value` lines")
+    flat = {str(key).replace("-", "_"): value for key, value in keys.items()}
+    _check_names(flat, list(FIELDS), f"key of {name}", str)
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def _check_names(
+    names: Iterable[str], known: list[str], kind: str, spell: Callable[[str], str]
+) -> None:
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f"unknown {kind} {spell(name)}; the nearest is {spell(nearest(name, known))}"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def _one_line(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
+    message = re.sub(
+        r"^(Input|Value) should ", "must ", detail["msg"].removeprefix("Value error, ")
+    )
+    message = message.partition(", unable to parse")[0]
+    message = message[0].lower() + message[1:]
+    if len(detail["loc"]) < 2:  # two settings that do not go together: the message names both
+        return message
+    name = str(detail["loc"][1])
+    got = "" if FIELDS[name].secret else f", got {detail['input']}"
+    origin = origins.get(name)
+    return f"{name} {message}{got}" + (f" (from {origin})" if origin else "")
