@@ -283,6 +283,7 @@ class Setting:
     default: object
     many: bool
     secret: bool
+    in_bytes: bool
 
     @property
     def flag(self) -> str:
@@ -292,12 +293,20 @@ class Setting:
     def variable(self) -> str:
         return ENV_PREFIX + self.name.upper()
 
+    @property
+    def default_text(self) -> str:
+        """As an operator would write it; empty where the default depends on something else."""
+        if self.default is None:
+            return ""
+        if self.in_bytes and isinstance(self.default, int):
+            return format_bytes(self.default).replace(" ", "")
+        return str(self.default)
+
 
 def _leaves() -> dict[str, Setting]:
     leaves: dict[str, Setting] = {}
     for section, holder in Settings.model_fields.items():
-        assert isinstance(holder.annotation, type) and issubclass(holder.annotation, Section)
-        for name, field in holder.annotation.model_fields.items():
+        for name, field in type(holder.default).model_fields.items():
             assert name not in leaves, f"{name} is in two sections"
             leaves[name] = Setting(
                 name=name,
@@ -306,12 +315,19 @@ def _leaves() -> dict[str, Setting]:
                 default=field.default,
                 many="tuple" in str(field.annotation),
                 secret="SecretStr" in str(field.annotation),
+                in_bytes="bytes" in name,
             )
     return leaves
 
 
 FIELDS: Final[Mapping[str, Setting]] = _leaves()
 """Every setting by its flat name, in the order of the tree."""
+
+SECTIONS: Final[Mapping[str, str]] = {
+    name: (type(holder.default).__doc__ or "").strip()
+    for name, holder in Settings.model_fields.items()
+}
+"""Every section, with what it is about."""
 
 
 def _nest(flat: Mapping[str, object]) -> dict[str, Any]:

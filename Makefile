@@ -1,0 +1,60 @@
+# `make help` lists what there is.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The first of these that runs and is new enough; `make PYTHON=...` overrides.
+PYTHON = $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+	&& echo $$python && break; done)
+JOBS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test lint types format bench train-embedded settings-doc docker-test clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@echo "ARGS='...' is handed to the command behind a target, as in: make serve ARGS='--port 9000'"
+
+venv: $(INSTALLED) ## make .venv with everything, development tools included
+
+$(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "Quire needs Python 3.11 or 3.12; name one with make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+serve: $(INSTALLED) ## serve the embedded model on port 8000
+	$(BIN)/quire serve $(ARGS)
+
+test: lint types ## lint, types and the whole test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(INSTALLED) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## mypy --strict
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put every file into the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## tokens/s, TTFT and TPOT at 1, 16 and 64 clients
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+
+train-embedded: $(INSTALLED) ## train the small model that comes along
+	$(BIN)/python -m models.embedded.train $(ARGS)
+
+settings-doc: $(INSTALLED) ## write docs/settings.md from the settings tree
+	$(BIN)/python -m configs.settings_doc
+
+docker-test: ## build the image and try it with Prometheus (BASE_IMAGE, PROMETHEUS_IMAGE)
+	tests/docker/run.sh
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
