@@ -1,0 +1,185 @@
+"""Paged attention on CPUs: the contract of `kernels.reference`, compiled by Numba.
+
+This half turns tensors into a `Job` record and brings the threads; `cpu_kernels` does the work.
+Threads come from the OpenMP runtime that torch itself has loaded, because two thread pools on the
+same cores fight: idle OpenMP workers spin for a while after every matrix product, and a second
+pool would have to wait for them. Where no such runtime is found, plain threads do.
+"""
+
+import ctypes
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import cpu_simd
+from kernels.cpu_kernels import JOB, TOKENS_PER_STORE, build
+
+_FORMATS = {
+    torch.float32: cpu_simd.FLOAT32,
+    torch.bfloat16: cpu_simd.BFLOAT16,
+    torch.float16: cpu_simd.FLOAT16,
+}
+_WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+    """Writes new keys and values into their slots, in place (see `kernels.reference`)."""
+    key, value = _rows(key.to(pages.dtype)), _rows(value.to(pages.dtype))
+    slots = slot_mapping.to(torch.int32).contiguous()
+    job = _job(
+        pages,
+        key=key.data_ptr(),
+        key_stride=key.stride(0),
+        value=value.data_ptr(),
+        value_stride=value.stride(0),
+        slots=slots.data_ptr(),
+        tokens=len(key),
+    )
+    _run(_workers()[3], job, -(-len(key) // TOKENS_PER_STORE))
+
+
+def paged_decode(
+    query: Tensor,
+    pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+    max_context_len: int | None = None,
+) -> Tensor:
+    """One new token per sequence over its paged context (see `kernels.reference`)."""
+    return _attend(query, pages, block_tables, context_lens, None, scale, window, softcap, out)
+
+
+def paged_prefill(
+    query: Tensor,
+    pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Ragged chunks of new tokens over their paged contexts (see `kernels.reference`)."""
+    return _attend(
+        query, pages, block_tables, context_lens, query_start, scale, window, softcap, out
+    )
+
+
+def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
+    query = _rows(query)
+    out = torch.empty(query.shape, dtype=query.dtype) if out is None else out
+    seqs = len(lens)
+    marks = torch.empty(2, seqs + 1, dtype=torch.int32)  # first task and first partial row
+    job = _job(
+        pages,
+        seqs=seqs,
+        heads=query.shape[1],
+        max_blocks=tables.stride(0),
+        window=window,
+        query=query.data_ptr(),
+        query_format=_FORMATS[query.dtype],
+        query_stride=query.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        tables=tables.data_ptr(),
+        lens=lens.data_ptr(),
+        starts=0 if starts is None else starts.data_ptr(),
+        first_task=marks.data_ptr(),
+        first_row=marks.data_ptr() + 4 * (seqs + 1),
+        scale=scale,
+        softcap=softcap,
+    )
+    plan, attend, combine, _ = _workers()
+    plan(job.ctypes.data)
+    rows = int(job["rows"])
+    if rows:
+        width = -(-query.shape[2] // cpu_simd.LANES) * cpu_simd.LANES + cpu_simd.LANES
+        partial = torch.empty(rows, width, dtype=torch.float32)
+        job["partial"] = partial.data_ptr()
+    _run(attend, job, int(job["tasks"]))
+    if rows:
+        job["next"] = 0
+        _run(combine, job, seqs * pages.shape[2])
+    return out
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with each token's [heads, head_dim] contiguous, copied only if it is not."""
+    if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]:
+        return tensor
+    return tensor.contiguous()
+
+
+def _job(pages: Tensor, **fields) -> np.ndarray:
+    _, _, kv_heads, block_size, head_dim = pages.shape
+    job = np.zeros((), JOB)
+    fields |= {
+        "address": job.ctypes.data,
+        "kv_heads": kv_heads,
+        "block_size": block_size,
+        "head_dim": head_dim,
+        "pages": pages.data_ptr(),
+        "page_format": _FORMATS[pages.dtype],
+        "values": pages.stride(0),
+    }
+    for name, value in fields.items():
+        job[name] = value
+    return job
+
+
+@cache
+def _workers():
+    """The compiled C functions: plan, attend, combine, store."""
+    primitives = hashlib.sha256(Path(cpu_simd.__file__).read_bytes()).hexdigest()
+    return tuple(_WORKER(function.address) for function in build(primitives))
+
+
+def _run(worker, job: np.ndarray, tasks: int) -> None:
+    """Runs a worker on the job with as many threads as torch uses, at most one per task."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads <= 1:
+        worker(job.ctypes.data)
+    elif (team := _openmp()) is not None:
+        team(worker, job.ctypes.data, threads, 0)
+    else:
+        list(_pool().map(worker, [job.ctypes.data] * threads))
+
+
+@cache
+def _openmp():
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded, or None.
+
+    libgomp exports it, and libiomp5 and libomp do so for compatibility:
+    void GOMP_parallel(void (*fn)(void *), void *data, unsigned threads, unsigned flags).
+    """
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return None
+    torch_folder = str(Path(torch.__file__).parent)
+    for path in sorted(loaded, key=lambda path: not path.startswith(torch_folder)):
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp.")):
+            function = ctypes.CDLL(path).GOMP_parallel
+            function.argtypes = (_WORKER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            function.restype = None
+            return function
+    return None
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="attention")

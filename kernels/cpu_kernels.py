@@ -1,0 +1,488 @@
+"""The compiled workers of the CPU backend: paged attention and stores over block tables.
+
+A worker is a C function `void worker(Job *job)` that any number of threads may run at once on the
+same job. Each thread takes the next task from the job's atomic counter until none is left, so the
+work balances itself and the caller is free to bring its own threads (`cpu_attention.run`).
+
+Attention takes one of two paths per sequence:
+
+    few rows    at most FEW_ROWS query rows per K/V head (decode, speculation). One task is
+                (sequence, K/V head, chunk of CHUNK tokens). It reads the pages in place, once for
+                all query heads of the group. Where a context has several chunks, partial results
+                (maximum, sum, accumulator) go to a buffer that `combine` folds (Flash-Decoding).
+    many rows   prompt chunks. One task is (sequence, K/V head, tile of queries). It converts
+                TILE_TOKENS of context to float32 at a time and runs the online softmax of
+                FlashAttention-2 with register-blocked products. Scores are kept transposed,
+                [token, row], so that softmax works on whole vectors.
+
+Chunks start at fixed positions, so a result depends neither on the number of threads nor on the
+rest of the batch.
+"""
+
+import numpy as np
+from numba import carray, cfunc, from_dtype, njit, types
+
+from kernels.cpu_simd import (
+    FLOAT32,
+    LANES,
+    LOG2E,
+    LOWEST,
+    copy_bytes,
+    dot_tile,
+    float_pointer,
+    load_row,
+    multiply_tile,
+    read_int32,
+    row_exp2,
+    row_max,
+    softcap_row,
+    softmax_columns,
+    store_row,
+    take,
+    write_int32,
+)
+
+CHUNK = 512
+FEW_ROWS = 16
+TILE_ROWS = 64
+TILE_TOKENS = 64
+
+_INTEGERS = (
+    *("address", "tasks", "rows", "seqs", "heads", "kv_heads", "head_dim", "block_size"),
+    *("max_blocks", "window", "query", "query_format", "query_stride", "out", "out_stride"),
+    *("pages", "page_format", "values", "tables", "lens", "starts"),
+    *("first_task", "first_row", "partial"),
+    *("key", "key_stride", "value", "value_stride", "slots", "tokens"),
+)
+JOB = np.dtype(
+    [("next", np.int64), ("pad", np.int64, 7)]  # the counter has a cache line of its own
+    + [(name, np.int64) for name in _INTEGERS]
+    + [("scale", np.float64), ("softcap", np.float64)]
+)
+_JOB = from_dtype(JOB)
+_WORKER = types.void(types.CPointer(_JOB))
+_helper = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+TOKENS_PER_STORE = 32
+
+
+@_helper
+def _scratch(floats):
+    """Uninitialized float32 scratch that starts on a cache line."""
+    raw = np.empty(floats + LANES, np.float32)
+    skip = (-(raw.ctypes.data // 4)) % LANES
+    return raw[skip : skip + floats]
+
+
+@_helper
+def _address(array, at):
+    return array.ctypes.data + at * 4
+
+
+@_helper
+def _dots(fmt, queries, rows, keys, dim, out, stride):
+    """out[r, :16] = queries[r] . keys[0..15]; queries are float32, `dim` a multiple of LANES."""
+    size = 4 if fmt == FLOAT32 else 2
+    r = 0
+    while r < rows:
+        height = 4 if rows - r >= 4 else (2 if rows - r >= 2 else 1)
+        tokens = LANES // height
+        for t in range(0, LANES, tokens):
+            dot_tile(
+                height,
+                fmt,
+                queries + r * dim * 4,
+                dim,
+                keys + t * dim * size,
+                dim,
+                dim // LANES,
+                out + (r * stride + t) * 4,
+                stride,
+            )
+        r += height
+
+
+@_helper
+def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, rows, columns, depth, keep):
+    """C [rows, columns] (+)= A [rows, depth] @ B [depth, columns]; `columns` in whole vectors."""
+    size = 4 if fmt == FLOAT32 else 2
+    j = 0
+    while j < columns:
+        vecs = 4 if columns - j >= 4 * LANES else 1
+        i = 0
+        while i < rows:
+            height = 4 if rows - i >= 4 else (2 if rows - i >= 2 else 1)
+            multiply_tile(
+                height,
+                vecs,
+                fmt,
+                c + (i * ldc + j) * 4,
+                ldc,
+                a + i * a_row * 4,
+                a_row,
+                a_col,
+                b + j * size,
+                ldb,
+                depth,
+                keep,
+            )
+            i += height
+        j += vecs * LANES
+
+
+@_helper
+def _chunk_of(job, seq):
+    """(first query row, queries, context length) of one sequence."""
+    context = read_int32(job.lens, seq)
+    if job.starts == 0:
+        return seq, min(context, 1), context
+    start = read_int32(job.starts, seq)
+    return start, read_int32(job.starts, seq + 1) - start, context
+
+
+@_helper
+def _first_seen(job, position):
+    return max(0, position - job.window + 1) if job.window > 0 else 0
+
+
+@_helper
+def _first_chunk(job, queries, context):
+    return _first_seen(job, context - queries) // CHUNK
+
+
+@_helper
+def _plan(job):
+    """Counts tasks and rows of partial results, and zeros the output of padded decode rows.
+
+    first_task and first_row get one entry per sequence and a last one with the totals.
+    """
+    group = job.heads // job.kv_heads
+    tasks = rows = 0
+    for seq in range(job.seqs):
+        write_int32(job.first_task, seq, tasks)
+        write_int32(job.first_row, seq, rows)
+        _, queries, context = _chunk_of(job, seq)
+        if queries == 0:
+            if job.starts == 0:
+                _store_zeros(job, seq)
+            continue
+        if queries * group <= FEW_ROWS:
+            chunks = (context - 1) // CHUNK + 1 - _first_chunk(job, queries, context)
+            tasks += chunks * job.kv_heads
+            rows += chunks * job.heads * queries if chunks > 1 else 0
+        else:
+            tile = max(1, TILE_ROWS // group)
+            tasks += (queries + tile - 1) // tile * job.kv_heads
+    write_int32(job.first_task, job.seqs, tasks)
+    write_int32(job.first_row, job.seqs, rows)
+    job.tasks, job.rows = tasks, rows
+
+
+@_helper
+def _store_zeros(job, row):
+    count = job.heads * job.head_dim
+    zeros = np.zeros(count, np.float32)
+    size = 4 if job.query_format == FLOAT32 else 2
+    target = job.out + row * job.out_stride * size
+    store_row(job.query_format, _address(zeros, 0), target, count, np.float32(1))
+
+
+@_helper
+def _owner(job, task):
+    """The sequence that a task belongs to: the last whose first task is not after it."""
+    low, high = 0, job.seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if read_int32(job.first_task, middle) <= task:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@_helper
+def _page(job, table, head, token):
+    """Index of the first number of `token`'s key in the pages."""
+    block = read_int32(table, token // job.block_size)
+    row = (block * job.kv_heads + head) * job.block_size + token % job.block_size
+    return row * job.head_dim
+
+
+@_helper
+def _few_rows(job, seq, head, chunk, queries, scores, acc, tile):
+    """One chunk of context for all query rows of one K/V head.
+
+    Leaves in acc [rows, width + LANES] the weighted sum of values, the maximum score and the sum
+    of weights. Row r is query r // group, head r % group of the group; the others are scratch.
+    """
+    start, count, context = _chunk_of(job, seq)
+    group, dim = job.heads // job.kv_heads, job.head_dim
+    rows, width = count * group, (dim + LANES - 1) // LANES * LANES
+    table = job.tables + seq * job.max_blocks * 4
+    size = 4 if job.page_format == FLOAT32 else 2
+    direct = dim == width and job.block_size % LANES == 0
+    first = max(chunk * CHUNK, _first_seen(job, context - count))
+    origin, end = first // LANES * LANES, min((chunk + 1) * CHUNK, context)
+
+    _load_queries(job, start, head, rows, queries, width)
+    for token in range(origin, end, LANES):
+        if direct:
+            fmt, keys = job.page_format, job.pages + _page(job, table, head, token) * size
+        else:
+            fmt, keys = FLOAT32, _address(tile, 0)
+            _gather(job, job.pages, table, head, token, min(LANES, context - token), tile, width)
+        out = _address(scores, token - origin)
+        _dots(fmt, _address(queries, 0), rows, keys, width, out, CHUNK)
+
+    span = (end - origin + LANES - 1) // LANES
+    for r in range(rows):
+        line = scores[r * CHUNK : r * CHUNK + span * LANES]
+        if job.softcap > 0:
+            softcap_row(_address(line, 0), span, np.float32(job.softcap), np.float32(LOG2E))
+        position = context - count + r // group
+        line[: max(0, min(end, _first_seen(job, position)) - origin)] = -np.inf
+        line[max(0, min(end, position + 1) - origin) :] = -np.inf
+        top = row_max(_address(line, 0), span)
+        acc[r * (width + LANES) + width] = top
+        acc[r * (width + LANES) + width + 1] = row_exp2(_address(line, 0), span, top)
+
+    _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile)
+
+
+@_helper
+def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile):
+    """acc[r, :width] = sum over tokens [first, end) of scores[r, token - origin] * value."""
+    size = 4 if job.page_format == FLOAT32 else 2
+    direct = job.head_dim == width and job.block_size % LANES == 0
+    base = job.pages + job.values * size
+    token = first
+    while token < end:
+        if direct:
+            run = min(end - token, job.block_size - token % job.block_size)
+            fmt, values = job.page_format, base + _page(job, table, head, token) * size
+        else:
+            run = min(end - token, LANES)
+            fmt, values = FLOAT32, _address(tile, 0)
+            _gather(job, base, table, head, token, run, tile, width)
+        a, c, keep = _address(scores, token - origin), _address(acc, 0), int(token > first)
+        _multiply(c, width + LANES, a, CHUNK, 1, fmt, values, width, rows, width, run, keep)
+        token += run
+
+
+@_helper
+def _load_queries(job, start, head, rows, queries, width):
+    """Rows of one K/V head's queries as float32, scaled for base-2 softmax (or for softcap)."""
+    group, dim = job.heads // job.kv_heads, job.head_dim
+    factor = np.float32(job.scale * (1.0 if job.softcap > 0 else LOG2E))
+    size = 4 if job.query_format == FLOAT32 else 2
+    for r in range(rows):
+        index = (start + r // group) * job.query_stride + (head * group + r % group) * dim
+        to = _address(queries, r * width)
+        load_row(job.query_format, job.query + index * size, to, dim, factor)
+
+
+@_helper
+def _gather(job, base, table, head, token, count, tile, width):
+    """Converts `count` tokens of one head to float32 rows of `width`, whatever their blocks."""
+    size = 4 if job.page_format == FLOAT32 else 2
+    for t in range(count):
+        source = base + _page(job, table, head, token + t) * size
+        to = _address(tile, t * width)
+        load_row(job.page_format, source, to, job.head_dim, np.float32(1))
+
+
+@_helper
+def _store_rows(job, start, head, rows, acc, stride, totals, step):
+    """Writes acc[r] / total[r] to the output."""
+    group, dim = job.heads // job.kv_heads, job.head_dim
+    size = 4 if job.query_format == FLOAT32 else 2
+    for r in range(rows):
+        index = (start + r // group) * job.out_stride + (head * group + r % group) * dim
+        factor = np.float32(1) / totals[r * step]
+        target = job.out + index * size
+        store_row(job.query_format, _address(acc, r * stride), target, dim, factor)
+
+
+@_helper
+def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, scores, acc):
+    """One tile of queries of one K/V head against everything it sees."""
+    start, count, context = _chunk_of(job, seq)
+    group, dim = job.heads // job.kv_heads, job.head_dim
+    width = (dim + LANES - 1) // LANES * LANES
+    tile = max(1, TILE_ROWS // group)
+    begin = tile_index * tile
+    rows = min(tile, count - begin) * group
+    padded = (rows + LANES - 1) // LANES * LANES
+    position = context - count + begin  # of the first query
+    table = job.tables + seq * job.max_blocks * 4
+
+    tops[:padded], totals[:padded], acc[: padded * width] = LOWEST, 0, 0
+    _transpose_queries(job, start + begin, head, rows, padded, queries, keys, width)
+    end = position + rows // group
+    values = job.pages + job.values * (4 if job.page_format == FLOAT32 else 2)
+    for token in range(_first_seen(job, position), end, TILE_TOKENS):
+        n = min(TILE_TOKENS, end - token)
+        _gather(job, job.pages, table, head, token, n, keys, width)
+        k, q, s = _address(keys, 0), _address(queries, 0), _address(scores, 0)
+        _multiply(s, padded, k, width, 1, FLOAT32, q, padded, n, padded, width, 0)
+        if job.softcap > 0:
+            softcap_row(s, n * padded // LANES, np.float32(job.softcap), np.float32(LOG2E))
+        _mask(job, scores, padded, token, n, position, group)
+        softmax_columns(
+            s,
+            padded,
+            n,
+            padded // LANES,
+            _address(tops, 0),
+            _address(totals, 0),
+            _address(decays, 0),
+        )
+        for r in range(rows):
+            if decays[r] != 1:
+                a = _address(acc, r * width)
+                load_row(FLOAT32, a, a, width, decays[r])
+        _gather(job, values, table, head, token, n, keys, width)
+        _multiply(_address(acc, 0), width, s, 1, padded, FLOAT32, k, width, rows, width, n, 1)
+    _store_rows(job, start + begin, head, rows, acc, width, totals, 1)
+
+
+@_helper
+def _transpose_queries(job, start, head, rows, padded, transposed, line, width):
+    """transposed[d, r] = the scaled query rows; columns beyond `rows` are zeros."""
+    group = job.heads // job.kv_heads
+    transposed[: width * padded] = 0
+    for first in range(0, rows, group):
+        _load_queries(job, start + first // group, head, group, line, width)
+        for g in range(group):
+            for d in range(width):
+                transposed[d * padded + first + g] = line[g * width + d]
+
+
+@_helper
+def _mask(job, scores, padded, token, count, position, group):
+    """Hides from every query what it does not see: whole prefixes and suffixes of columns."""
+    for t in range(count):
+        ahead = min(max(0, (token + t - position) * group), padded)
+        scores[t * padded : t * padded + ahead] = -np.inf
+        if job.window > 0:
+            left = min(max(0, (token + t + job.window - position) * group), padded)
+            scores[t * padded + left : (t + 1) * padded] = -np.inf
+
+
+@_helper
+def _attend(job):
+    """Takes tasks until none is left."""
+    group = job.heads // job.kv_heads
+    width = (job.head_dim + LANES - 1) // LANES * LANES
+    tile = max(FEW_ROWS, (max(TILE_ROWS, group) + LANES - 1) // LANES * LANES)
+    tops, totals, decays = _scratch(tile), _scratch(tile), _scratch(tile)
+    queries, keys = _scratch(tile * width), _scratch(max(TILE_TOKENS, tile) * width)
+    scores, acc = _scratch(tile * CHUNK), _scratch(tile * (width + LANES))
+    while True:
+        task = take(job.address)
+        if task >= job.tasks:
+            return
+        seq = _owner(job, task)
+        task -= read_int32(job.first_task, seq)
+        part, head = task // job.kv_heads, task % job.kv_heads
+        start, count, context = _chunk_of(job, seq)
+        rows, stride = count * group, width + LANES
+        if rows > FEW_ROWS:
+            _many_rows(job, seq, head, part, tops, totals, decays, queries, keys, scores, acc)
+            continue
+        chunk = part + _first_chunk(job, count, context)
+        _few_rows(job, seq, head, chunk, queries, scores, acc, keys)
+        row = read_int32(job.first_row, seq)
+        if read_int32(job.first_row, seq + 1) == row:
+            _store_rows(job, start, head, rows, acc, stride, acc[width + 1 :], stride)
+        else:
+            target = job.partial + (row + task * rows) * stride * 4
+            copy_bytes(target, _address(acc, 0), rows * stride * 4)
+
+
+@_helper
+def _combine(job):
+    """Folds the partial results of contexts that span several chunks, in the order of chunks."""
+    group = job.heads // job.kv_heads
+    width = (job.head_dim + LANES - 1) // LANES * LANES
+    stride = width + LANES
+    acc, totals = _scratch(FEW_ROWS * stride), _scratch(FEW_ROWS)
+    while True:
+        task = take(job.address)
+        if task >= job.seqs * job.kv_heads:
+            return
+        seq, head = task // job.kv_heads, task % job.kv_heads
+        start, count, _ = _chunk_of(job, seq)
+        rows = count * group
+        first, last = read_int32(job.first_row, seq), read_int32(job.first_row, seq + 1)
+        if first == last:
+            continue
+        chunks = (last - first) // (rows * job.kv_heads)
+        partial = carray(float_pointer(job.partial), (job.rows, stride))
+        for r in range(rows):
+            own = partial[first + head * rows + r : last : rows * job.kv_heads]
+            top = np.float32(LOWEST)
+            for i in range(chunks):
+                top = max(top, own[i, width])
+            line = acc[r * stride : r * stride + width]
+            line[:], total = 0, np.float32(0)
+            for i in range(chunks):
+                weight = np.float32(2.0 ** (own[i, width] - top))
+                total += weight * own[i, width + 1]
+                for d in range(width):
+                    line[d] += weight * own[i, d]
+            totals[r] = total
+        _store_rows(job, start, head, rows, acc, stride, totals, 1)
+
+
+@_helper
+def _store(job):
+    """Copies new keys and values into their slots, TOKENS_PER_STORE tokens per task."""
+    size = 4 if job.page_format == FLOAT32 else 2
+    count = job.head_dim * size
+    while True:
+        first = take(job.address) * TOKENS_PER_STORE
+        if first >= job.tokens:
+            return
+        for token in range(first, min(first + TOKENS_PER_STORE, job.tokens)):
+            slot = read_int32(job.slots, token)
+            if slot < 0:
+                continue
+            block, offset = slot // job.block_size, slot % job.block_size
+            for head in range(job.kv_heads):
+                row = (block * job.kv_heads + head) * job.block_size + offset
+                target = job.pages + row * count
+                key = job.key + token * job.key_stride * size + head * count
+                value = job.value + token * job.value_stride * size + head * count
+                copy_bytes(target, key, count)
+                copy_bytes(target + job.values * size, value, count)
+
+
+def build(primitives):
+    """Compiles the C functions, or loads them from disk: (plan, attend, combine, store).
+
+    `primitives` names the state of `cpu_simd`, whose code is inlined here. It takes part only in
+    the key of Numba's on-disk cache, which by itself sees changes of this file alone.
+    """
+    options = {"cache": True, "error_model": "numpy", "nopython": True}
+
+    @cfunc(_WORKER, **options)
+    def plan(pointer):
+        len(primitives)
+        _plan(carray(pointer, 1)[0])
+
+    @cfunc(_WORKER, **options)
+    def attend(pointer):
+        len(primitives)
+        _attend(carray(pointer, 1)[0])
+
+    @cfunc(_WORKER, **options)
+    def combine(pointer):
+        len(primitives)
+        _combine(carray(pointer, 1)[0])
+
+    @cfunc(_WORKER, **options)
+    def store(pointer):
+        len(primitives)
+        _store(carray(pointer, 1)[0])
+
+    return plan, attend, combine, store

@@ -1,0 +1,81 @@
+"""Chooses the implementation of the paged-attention ops once, by device.
+
+Triton serves GPUs, Numba CPUs, and plain torch is the oracle. The contract of the three
+callables is documented in `kernels.reference`. Triton and Numba are imported only when chosen:
+neither is needed on a machine that does not use it.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MODULES = {
+    "triton": ("kernels.store_kv", "kernels.paged_decode", "kernels.paged_prefill"),
+    "numba": ("kernels.cpu_attention",) * 3,
+    "torch": ("kernels.reference",) * 3,
+}
+_BY_DEVICE = {"cuda": "triton", "cpu": "numba"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops on the paged KV cache (contract: `kernels.reference`)."""
+
+    name: str
+    store_kv: Callable[..., None]
+    paged_decode: Callable[..., Tensor]
+    paged_prefill: Callable[..., Tensor]
+
+
+def backend(device: torch.device, name: str | None = None) -> Backend:
+    """The backend for `device`; an explicit `name` ("triton", "numba", "torch") wins.
+
+    Raises ValueError for an unknown name or a device that no backend serves.
+    """
+    chosen = name or _BY_DEVICE.get(device.type)
+    if chosen not in _MODULES:
+        raise ValueError(
+            f"no attention backend {name!r} for device {str(device)!r}; known: {sorted(_MODULES)}"
+        )
+    store, decode, prefill = (importlib.import_module(module) for module in _MODULES[chosen])
+    return Backend(chosen, store.store_kv, decode.paged_decode, prefill.paged_prefill)
+
+
+def warm_up(
+    backend: Backend,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """Compiles, or loads from the on-disk cache, every kernel that a model of this shape needs.
+
+    Runs each op once on two small sequences, so that no request waits for a compiler.
+    """
+    pages = torch.zeros(2, 3, kv_heads, block_size, head_dim, dtype=dtype, device=device)
+    lengths = torch.tensor([1, block_size], dtype=torch.int32, device=device)
+    tables = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+
+    tokens = torch.zeros(2, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
+    query, key, value = tokens.split([heads, kv_heads, kv_heads], dim=1)
+    slots = torch.tensor([block_size, 2 * block_size], dtype=torch.int32, device=device)
+    backend.store_kv(key, value, pages, slots)
+    query = query.contiguous()
+    # A short and a long context: the Triton kernels specialize on one split and on several.
+    for longest in (block_size, 1 << 15):
+        backend.paged_decode(query, pages, tables, lengths, max_context_len=longest, **options)
+    for chunk in (1, block_size):
+        starts = torch.tensor([0, 1, 1 + chunk], dtype=torch.int32, device=device)
+        ragged = query[:1].expand(1 + chunk, -1, -1).contiguous()
+        backend.paged_prefill(
+            ragged, pages, tables, lengths, starts, max_query_len=chunk, **options
+        )

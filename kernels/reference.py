@@ -1,0 +1,131 @@
+"""Plain torch twins of every op in this folder: slow, obvious, and the oracle of the tests.
+
+Keys and values of one layer live in pages:
+
+    pages  [2, num_blocks, kv_heads, block_size, head_dim]        0 = keys, 1 = values
+
+    block_tables[i] = [7, 2, 5]       sequence i, block_size 4, context_len 10
+
+    position      0  1  2  3 |  4  5  6  7 |  8  9
+    block         7  7  7  7 |  2  2  2  2 |  5  5
+    slot         28 29 30 31 |  8  9 10 11 | 20 21         slot = block * block_size + offset
+"""
+
+import torch
+from torch import Tensor
+
+
+def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+    """Writes new keys and values into their slots, in place.
+
+    key, value    [tokens, kv_heads, head_dim], possibly strided views of a fused projection
+    pages         [2, num_blocks, kv_heads, block_size, head_dim]
+    slot_mapping  [tokens] int32 or int64; -1 skips the token (padding)
+    """
+    keep = slot_mapping >= 0
+    slots = slot_mapping[keep].long()
+    block_size = pages.shape[3]
+    block, offset = slots // block_size, slots % block_size
+    pages[0][block, :, offset] = key[keep].to(pages.dtype)
+    pages[1][block, :, offset] = value[keep].to(pages.dtype)
+
+
+def paged_decode(
+    query: Tensor,
+    pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+    max_context_len: int | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence over its paged context.
+
+    query            [seqs, heads, head_dim]; heads is a multiple of kv_heads
+    pages            [2, num_blocks, kv_heads, block_size, head_dim]
+    block_tables     [seqs, max_blocks] int32
+    context_lens     [seqs] int32, tokens including the current one, whose K/V is already
+                     stored; 0 marks a padded row, whose output is zeros
+    window           0 for full attention, else position p sees keys in (p - window, p]
+    softcap          when positive, scores become softcap * tanh(score / softcap)
+    max_context_len  a hint for backends that size their grid on the host; unused here
+
+    Returns [seqs, heads, head_dim] in query's dtype (`out`, when given).
+    """
+    out = torch.empty_like(query) if out is None else out
+    for i, context_len in enumerate(context_lens.tolist()):
+        if context_len == 0:
+            out[i] = 0
+            continue
+        keys, values = _gather(pages, block_tables[i], context_len)
+        out[i : i + 1] = _attend(query[i : i + 1], keys, values, scale, window, softcap)
+    return out
+
+
+def paged_prefill(
+    query: Tensor,
+    pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ragged chunks of new tokens over their paged contexts.
+
+    query          [tokens, heads, head_dim], the chunks one after the other
+    query_start    [seqs + 1] int32; chunk i is query[query_start[i] : query_start[i + 1]] and
+                   its last token is at position context_lens[i] - 1
+    max_query_len  the longest chunk; a hint for backends that size their grid on the host
+
+    The other arguments are those of `paged_decode`. Chunks may be of any length, 1 (a decode
+    step) and 0 (a padded row) included. Rows of `out` beyond query_start[-1] are left alone.
+
+    Returns [tokens, heads, head_dim] in query's dtype (`out`, when given).
+    """
+    out = torch.empty_like(query) if out is None else out
+    bounds = query_start.tolist()
+    for i, context_len in enumerate(context_lens.tolist()):
+        chunk = slice(bounds[i], bounds[i + 1])
+        if chunk.start == chunk.stop:
+            continue
+        keys, values = _gather(pages, block_tables[i], context_len)
+        out[chunk] = _attend(query[chunk], keys, values, scale, window, softcap)
+    return out
+
+
+def _gather(pages: Tensor, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """One sequence's keys and values, contiguous: each [kv_heads, context_len, head_dim]."""
+    _, _, kv_heads, block_size, head_dim = pages.shape
+    blocks = block_table[: -(-context_len // block_size)].long()
+    rows = pages[:, blocks].transpose(1, 2)  # [2, kv_heads, blocks, block_size, head_dim]
+    rows = rows.reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
+    return rows[0], rows[1]
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Dense attention of the last len(query) positions of one sequence, in at least float32."""
+    tokens, heads, head_dim = query.shape
+    kv_heads, context_len, _ = keys.shape
+    work = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(work).view(tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("qhgd,hkd->hgqk", grouped, keys.to(work)) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    positions = torch.arange(context_len - tokens, context_len, device=query.device)[:, None]
+    seen = torch.arange(context_len, device=query.device)[None, :]
+    visible = seen <= positions
+    if window > 0:
+        visible &= seen > positions - window
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    mixed = torch.einsum("hgqk,hkd->qhgd", weights, values.to(work))
+    return mixed.reshape(tokens, heads, head_dim).to(query.dtype)
