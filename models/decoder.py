@@ -1,0 +1,206 @@
+"""The decoder of the Llama family, declared by its `ModelConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.context import ForwardContext
+from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm
+from models.rotary import Rotary, Rotation, rotate
+
+
+class CausalLM(nn.Module):
+    """What the engine may ask of any decoder. A family gives `forward` and `checkpoint_tensors`.
+
+    `embed` holds the token table; `head` projects to the vocabulary and, with tied embeddings,
+    uses the same storage (on CPUs `prepare` adds a packed copy of it).
+
+    Attributes:
+        prefix: of the names in the checkpoint; some checkpoints leave it out
+        harmless: regular expression of checkpoint tensors that a decoder does not need
+    """
+
+    prefix = ""
+    harmless = r"rotary_emb\.inv_freq$"
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, **factory)
+        tied = config.tie_word_embeddings
+        head_device = torch.device("meta") if tied else device
+        self.head = Linear(
+            config.hidden_size, (config.vocab_size,), dtype=dtype, device=head_device
+        )
+        if tied:
+            self.head.weight = self.embed.weight
+
+    @property
+    def kv_heads(self) -> int:
+        return self.config.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.head_dim
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """Per layer: how many tokens it attends to, 0 for all."""
+        return self.config.layer_windows
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint by its name there: views of the fused weights, so that
+        copying into them fills the model. Only before `prepare`."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Derives what forward needs from the loaded weights. Call it once, after loading."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+            elif isinstance(module, HeadNorm):
+                module.expand()
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: rows of `forward` -> float32 [rows, vocab_size]"""
+        return self.head(hidden).float()
+
+
+class Decoder(CausalLM):
+    """Llama and the families that differ from it by switches of the config."""
+
+    prefix = "model."
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        super().__init__(config, dtype, device)
+        self.rotary = Rotary(config.rope, config.head_dim, config.max_position_embeddings, device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, dtype=dtype, device=device)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        x = self.embed(token_ids)
+        rotation = self.rotary(ctx.positions)
+        for layer in self.layers:
+            x = layer(x, rotation, ctx)
+        return self.norm(x)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "model.embed_tokens.weight": self.embed.weight,
+            "model.norm.weight": self.norm.weight,
+        }
+        if not self.config.tie_word_embeddings:
+            tensors["lm_head.weight"] = self.head.weight
+        for index, layer in enumerate(self.layers):
+            for name, tensor in layer.checkpoint_tensors().items():
+                tensors[f"model.layers.{index}.{name}"] = tensor
+        return tensors
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the gated MLP, each behind its norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, **factory: Any):
+        super().__init__()
+        hidden = config.hidden_size
+        self.attention_norm = RMSNorm(hidden, config.norm_eps, **factory)
+        self.attention = Attention(config, layer, **factory)
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps, **factory)
+        self.mlp = GatedMLP(config, **factory)
+
+    def forward(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+        """[tokens, hidden_size] -> the same shape"""
+        x = self.attention(self.attention_norm(x), rotation, ctx).add_(x)
+        return self.mlp(self.mlp_norm(x)).add_(x)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        attention, mlp = self.attention, self.mlp
+        tensors = {
+            "input_layernorm.weight": self.attention_norm.weight,
+            "post_attention_layernorm.weight": self.mlp_norm.weight,
+        }
+        if attention.head_norm is not None:
+            query, key = attention.head_norm.weight
+            tensors["self_attn.q_norm.weight"] = query
+            tensors["self_attn.k_norm.weight"] = key
+        shards = {
+            "self_attn.q_proj": attention.qkv.shard(0),
+            "self_attn.k_proj": attention.qkv.shard(1),
+            "self_attn.v_proj": attention.qkv.shard(2),
+            "self_attn.o_proj": attention.output.shard(0),
+            "mlp.gate_proj": mlp.gate_up.shard(0),
+            "mlp.up_proj": mlp.gate_up.shard(1),
+            "mlp.down_proj": mlp.down.shard(0),
+        }
+        for name, shard in shards.items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in shard.items()}
+        return tensors
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache; one matmul for queries, keys and values.
+
+    qkv row of a token  [ q0 q1 .. | k0 .. | v0 .. ]    heads of head_dim; q and k turn together
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, **factory: Any):
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, **factory)
+        self.output = Linear(heads * head_dim, (config.hidden_size,), bias=config.o_bias, **factory)
+        self.head_norm = (
+            HeadNorm(heads, kv_heads, head_dim, config.norm_eps, **factory)
+            if config.qk_norm
+            else None
+        )
+        self.layer = layer
+        self.window = config.layer_windows[layer]
+        self.rotated = config.rope_layers[layer]
+        self.row_shape = (heads + 2 * kv_heads, head_dim)
+        self.qk_v = (heads + kv_heads, kv_heads)
+        self.q_k = (heads, kv_heads)
+        self.scale = head_dim**-0.5
+
+    def forward(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+        """[tokens, hidden_size] -> the same shape"""
+        tokens = x.shape[0]
+        query_key, value = self.qkv(x).view(tokens, *self.row_shape).split(self.qk_v, 1)
+        if self.head_norm is not None:
+            query_key = self.head_norm(query_key)
+        if self.rotated:
+            query_key = rotate(query_key, rotation)
+        query, key = query_key.split(self.q_k, 1)
+        out = ctx.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
+        return self.output(out.view(tokens, -1))
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`; one matmul for gate and up."""
+
+    def __init__(self, config: ModelConfig, **factory: Any):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(hidden, (inner, inner), bias=bias, **factory)
+        self.down = Linear(inner, (hidden,), bias=bias, **factory)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> the same shape"""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(self.activation(gate).mul_(up))
