@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+import asyncio
+import contextlib
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
-from engine.protocol import EngineInfo, EngineStats, TokenDelta
-from scheduler.request import Request
+import msgspec
+
+from configs.settings import Settings
+from engine.protocol import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    Progress,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepOutput,
+    Submit,
+    ToEngine,
+    TokenDelta,
+)
+from scheduler.request import InvalidRequest, Request
+
+STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is killed
 
 
 class EngineDead(RuntimeError):
@@ -26,6 +50,24 @@ class EngineStartError(RuntimeError):
         self.message, self.expected = message, expected
 
 
+class TokenStream(Protocol):
+    """The deltas of one request, until each of its n answers has a finish_reason."""
+
+    def __aiter__(self) -> TokenStream: ...
+
+    async def __anext__(self) -> TokenDelta:
+        """The next delta.
+
+        Raises:
+            StopAsyncIteration: every answer is finished.
+            RequestFailed: the engine ended the request because of an error of its own.
+            EngineDead: the engine is gone.
+        """
+
+    async def aclose(self) -> None:
+        """Aborts the request if it is not finished. Use `contextlib.aclosing`."""
+
+
 class EngineClient(Protocol):
     """Four verbs: submit, abort, stats, close."""
 
@@ -37,21 +79,18 @@ class EngineClient(Protocol):
     def alive(self) -> bool:
         """Whether steps can still happen."""
 
-    async def submit(self, request: Request) -> AsyncIterator[TokenDelta]:
+    async def submit(self, request: Request) -> TokenStream:
         """Hands the request in and returns once it is admitted to the queue.
 
-        The iterator yields deltas of all n answers until each has a finish_reason. Closing it
-        earlier (`aclose`, or
-        leaving the consuming task) aborts the request.
+        Cancelling the call aborts the request.
 
         Raises:
             InvalidRequest: the engine refuses it (it can never fit the pool, its id is taken).
-            RequestFailed: (while iterating) the request hit an error of the engine.
             EngineDead: the engine is gone.
         """
 
     def abort(self, request_id: str) -> None:
-        """Ends a request within one step; unknown ids are ignored. Its iterator ends with
+        """Ends a request within one step; unknown ids are ignored. Its stream ends with
         finish_reason `abort`."""
 
     def stats(self) -> EngineStats:
@@ -59,3 +98,296 @@ class EngineClient(Protocol):
 
     async def close(self) -> None:
         """Stops the engine and waits for it."""
+
+
+class _Stream:
+    """`TokenStream` fed by the client's dispatch, all of it on the event loop's thread."""
+
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._id = request.id
+        self._unfinished = request.n
+        self._ended = False  # nothing more will arrive, or nobody wants it
+        self._abort = abort
+        self._queue: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
+
+    def put(self, delta: TokenDelta) -> bool:
+        """Takes a delta in; returns whether it was the last one."""
+        self._queue.put_nowait(delta)
+        self._unfinished -= delta.finish_reason is not None
+        self._ended = self._unfinished == 0
+        return self._ended
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come: whoever waits gets `error`."""
+        self._ended = True
+        if not self.admitted.done():
+            self.admitted.set_exception(error)
+        else:
+            self._queue.put_nowait(error)
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        if self._ended and self._queue.empty():
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abort(self._id)
+
+
+class _StreamingClient:
+    """What both engines share: many streams over one flow of step outputs."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, _Stream] = {}
+        self._aborted: list[str] = []
+        self._submitted: list[Request] = []
+        self._stats = EngineStats()
+        self._info: EngineInfo | None = None
+        self._dead = False
+
+    def _send(self, message: ToEngine) -> None:
+        raise NotImplementedError
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None, "the engine is not started"
+        return self._info
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def submit(self, request: Request) -> TokenStream:
+        if self._dead:
+            raise EngineDead("the engine is gone")
+        if request.id in self._streams:
+            raise InvalidRequest(f"request id {request.id!r} is in use", "id")
+        stream = self._streams[request.id] = _Stream(request, self.abort)
+        self._flush_soon()
+        self._submitted.append(request)
+        try:
+            await stream.admitted
+        except asyncio.CancelledError:
+            await stream.aclose()
+            raise
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._streams and not self._dead:
+            self._flush_soon()
+            self._aborted.append(request_id)
+
+    def _flush_soon(self) -> None:
+        """All that this turn of the event loop has to say becomes one message of each kind."""
+        if not self._submitted and not self._aborted:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        # Submissions first: an abort may be of a request that was submitted in this very turn.
+        if self._submitted:
+            self._send(Submit(self._submitted))
+        if self._aborted:
+            self._send(Abort(self._aborted))
+        self._submitted, self._aborted = [], []
+
+    def _dispatch(self, output: StepOutput) -> None:
+        """Hands one step's output to the streams."""
+        self._stats = output.stats
+        for request_id in output.admitted:
+            stream = self._streams[request_id]
+            if not stream.admitted.done():  # it is done when the caller was cancelled
+                stream.admitted.set_result(None)
+        for refusal in output.refused:
+            error = InvalidRequest(refusal.message, refusal.param, refusal.code)
+            self._streams.pop(refusal.request_id).fail(error)
+        for failure in output.failed:
+            if failure.request_id in self._streams:
+                self._streams.pop(failure.request_id).fail(RequestFailed(failure.message))
+        for delta in output.deltas:
+            if self._streams[delta.request_id].put(delta):
+                del self._streams[delta.request_id]
+
+    def _die(self) -> None:
+        """Every stream ends with `EngineDead`."""
+        self._dead = True
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineDead("the engine is gone"))
+
+
+class ProcessEngine(_StreamingClient):
+    """An engine in a process of its own, over two anonymous pipes.
+
+        event loop -> queue -> writer thread -> pipe -> engine
+        event loop <----------- reader callback <- pipe <- engine
+
+    Writing has a thread of its own because a pipe holds 64 KiB: a long prompt would otherwise
+    block every stream until the engine ends its step and reads it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        # Spawned, not forked: a child must not inherit threads, sockets or CUDA state.
+        context = multiprocessing.get_context("spawn")
+        inbox, self._to_engine = context.Pipe(duplex=False)
+        self._from_engine, outbox = context.Pipe(duplex=False)
+        from engine.process import main
+
+        self._process = context.Process(
+            target=main, args=(settings, inbox, outbox), name="quire-engine", daemon=True
+        )
+        self._process.start()
+        # The child has its own ends; with ours closed, its death reads as the end of the pipe.
+        inbox.close()
+        outbox.close()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(
+            target=_write_all, args=(self._outbox, self._to_engine), daemon=True
+        )
+
+    async def start(self, on_progress: Callable[[Progress], None]) -> None:
+        """Waits until the engine is ready.
+
+        Raises:
+            EngineStartError: it could not start.
+        """
+        try:
+            while self._info is None:
+                # A thread waits, so that the event loop goes on and this can be cancelled.
+                message = self._decode(await asyncio.to_thread(self._from_engine.recv_bytes))
+                self._take_start_message(message, on_progress)
+        except (EOFError, ConnectionResetError):
+            await self.close()
+            code = self._process.exitcode
+            raise EngineStartError(
+                f"the engine process ended while it started (exit code {code})", expected=False
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+        self._writer.start()
+        asyncio.get_running_loop().add_reader(self._from_engine.fileno(), self._read)
+
+    def _take_start_message(
+        self, message: FromEngine, on_progress: Callable[[Progress], None]
+    ) -> None:
+        if isinstance(message, Progress):
+            on_progress(message)
+        elif isinstance(message, StartFailed):
+            raise EngineStartError(message.message, expected=message.expected)
+        elif isinstance(message, Ready):
+            self._info = message.info
+
+    def _read(self) -> None:
+        try:
+            message = self._decode(self._from_engine.recv_bytes())
+        except (EOFError, OSError):
+            self._stop_reading()
+            self._die()
+            return
+        assert isinstance(message, StepOutput)
+        self._dispatch(message)
+
+    def _stop_reading(self) -> None:
+        if not self._from_engine.closed:
+            asyncio.get_running_loop().remove_reader(self._from_engine.fileno())
+            self._from_engine.close()
+
+    def _send(self, message: ToEngine) -> None:
+        self._outbox.put(self._encode(message))
+
+    async def close(self) -> None:
+        if self._writer.is_alive():
+            self._send(Shutdown())
+        self._outbox.put(None)
+        await asyncio.to_thread(self._join)
+        self._stop_reading()
+        self._die()
+
+    def _join(self) -> None:
+        if self._info is None:
+            self._process.terminate()  # still starting: it does not read its inbox yet
+        self._process.join(STOP_TIMEOUT)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        if self._writer.is_alive():
+            self._writer.join()
+        self._to_engine.close()
+
+
+def _write_all(outbox: queue.SimpleQueue[bytes | None], pipe: Connection) -> None:
+    """Writes every message of `outbox` until a None; what a dead engine cannot take is dropped."""
+    with contextlib.suppress(OSError):
+        while (data := outbox.get()) is not None:
+            pipe.send_bytes(data)
+
+
+async def connect(settings: Settings, on_progress: Callable[[Progress], None]) -> ProcessEngine:
+    """Starts an engine process and waits until it is ready.
+
+    Raises:
+        EngineStartError: it could not start.
+    """
+    engine = ProcessEngine(settings)
+    await engine.start(on_progress)
+    return engine
+
+
+class InprocEngine(_StreamingClient):
+    """The same loop on a thread of this process, for tests and notebooks.
+
+    Args:
+        loop: an `engine.loop.EngineLoop`; given ready-made so that this module needs no torch.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        super().__init__()
+        self._info = loop.info
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._events = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+        self._thread.start()
+
+    def _run(self, loop: Any) -> None:
+        try:
+            loop.run(self, lambda output: self._post(self._dispatch, output))
+        finally:
+            self._post(self._die)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
+            self._events.call_soon_threadsafe(callback, *args)
+
+    def drain(self, wait: bool) -> list[ToEngine]:
+        """The loop's inbox: see `engine.loop.Inbox`."""
+        messages = []
+        while wait or not self._inbox.empty():
+            message = self._inbox.get()
+            if message is None:
+                raise EOFError
+            messages.append(message)
+            wait = False
+        return messages
+
+    def _send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    async def close(self) -> None:
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._die()

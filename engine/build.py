@@ -1,0 +1,295 @@
+"""The composition root: settings in, a running engine out. Nothing else reads the whole tree."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
+from engine.loop import EngineLoop
+from engine.memory import available_bytes
+from engine.protocol import EngineInfo
+from engine.runner import Runner
+from kernels import dispatch
+from models import loader
+from models.config import CheckpointError, ModelConfig
+from models.decoder import Model
+from paged_cache.layout import KVFormat, KVGroup, KVLayout
+from paged_cache.manager import KVCacheManager
+from paged_cache.pool import BlockPool
+from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan
+from scheduler.request import SamplingParams
+from scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("quire.engine")
+
+Report = Callable[[str, float, float, str], None]
+"""Start-up progress: phase, done, total (in the phase's own units), a note."""
+
+
+class StartError(Exception):
+    """The engine cannot start as it is set up; the message is one line that says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What was computed from settings, model and memory."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def silent(phase: str, done: float, total: float, note: str) -> None:
+    """A `Report` that tells nobody."""
+
+
+def build(settings: Settings, report: Report = silent) -> EngineLoop:
+    """Loads the model, plans the memory, compiles the kernels.
+
+    Raises:
+        StartError: something that the operator can change stands in the way.
+    """
+    device = _device(settings.model.device)
+    _set_threads(settings.model.cpu_threads)
+    try:
+        path = loader.resolve(settings.model.model, settings.model.revision, report)
+        config = loader.load_config(path)
+        dtype = loader.resolve_dtype(settings.model.dtype, config, device)
+        _require_weights_fit(path, dtype, device)
+        model = loader.load_model(path, config, dtype=dtype, device=device, progress=report)
+    except CheckpointError as error:
+        raise StartError(str(error)) from None
+    return assemble(model, settings, device, path, report)
+
+
+def assemble(
+    model: Model, settings: Settings, device: torch.device, path: Path, report: Report = silent
+) -> EngineLoop:
+    """Everything that follows once there is a model."""
+    config, dtype = model.config, model.dtype
+    backend = dispatch.backend(device)
+    report("kernels", 0, 1, "compiling or loading from the cache")
+    for window in sorted(set(model.layer_windows)):
+        dispatch.warm_up(
+            backend,
+            device=device,
+            dtype=dtype,
+            heads=config.num_heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            block_size=settings.cache.block_size,
+            window=window,
+        )
+    report("kernels", 1, 1, backend.name)
+    limits = Limits(
+        _context_length(settings.model.max_model_len, config),
+        settings.scheduling.max_num_seqs,
+        settings.scheduling.max_num_batched_tokens,
+    )
+    layout = KVLayout(
+        block_size=settings.cache.block_size,
+        num_blocks=1,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        groups=(KVGroup(layers=tuple(range(model.num_layers))),),
+        format=KVFormat(str(dtype).removeprefix("torch.")),
+    )
+    layout = replace(layout, num_blocks=_num_blocks(settings, model, layout, limits, device))
+    limits = _fit_context(limits, layout, settings.model.max_model_len)
+    runner = _runner(model, layout, backend, limits, device)
+    report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
+    _warm_up(runner, limits)
+    scheduler = Scheduler(
+        KVCacheManager(BlockPool(layout.num_blocks), layout.block_size),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        eos_token_ids=frozenset(config.eos_token_ids),
+    )
+    return EngineLoop(scheduler, runner, _info(path, model, layout, limits, device))
+
+
+def _info(
+    path: Path, model: Model, layout: KVLayout, limits: Limits, device: torch.device
+) -> EngineInfo:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return EngineInfo(
+        model_path=str(path),
+        architecture=model.config.architecture,
+        device=name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.config.vocab_size,
+        max_model_len=limits.max_model_len,
+        eos_token_ids=list(model.config.eos_token_ids),
+        block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        kv_bytes_per_token=layout.bytes_per_token,
+        weight_bytes=model.num_bytes,
+    )
+
+
+# ---------------------------------------------------------------------- device and limits
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartError("--device cuda: no GPU can be used here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def _set_threads(count: int | None) -> None:
+    """One thread per core that this process may use, for torch and for the Numba kernels."""
+    count = count or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+
+
+def _context_length(wanted: int | None, config: ModelConfig) -> int:
+    longest = config.max_position_embeddings
+    if wanted is not None and wanted > longest:
+        raise StartError(
+            f"--max-model-len {wanted} is beyond the {longest} positions that the model was made "
+            f"for; use at most {longest}"
+        )
+    return wanted or longest
+
+
+def _fit_context(limits: Limits, layout: KVLayout, wanted: int | None) -> Limits:
+    """Without a wish of the operator's, the longest context is what the pool can hold."""
+    if limits.max_model_len <= layout.num_tokens:
+        return limits
+    logger.warning(
+        "the KV pool holds %d tokens, less than the context of %d",
+        layout.num_tokens,
+        limits.max_model_len,
+    )
+    return limits if wanted else replace(limits, max_model_len=layout.num_tokens)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _require_weights_fit(path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Fails before the first byte is read rather than after minutes of loading."""
+    needed = loader.num_parameters(path) * dtype.itemsize
+    free = available_bytes(device)
+    if needed > free:
+        raise StartError(
+            f"the weights take {format_bytes(needed)} as {str(dtype).removeprefix('torch.')}, but "
+            f"only {format_bytes(free)} of memory are free: use a smaller model or free memory"
+        )
+
+
+def _num_blocks(
+    settings: Settings, model: Model, layout: KVLayout, limits: Limits, device: torch.device
+) -> int:
+    """How many KV blocks the pool gets."""
+    cache = settings.cache
+    if cache.num_gpu_blocks_override is not None:
+        _require_pool_fits(cache.num_gpu_blocks_override * layout.bytes_per_block, device)
+        return cache.num_gpu_blocks_override
+    if cache.kv_cache_memory_bytes is not None:
+        pool = cache.kv_cache_memory_bytes
+    elif device.type == "cuda":
+        pool = _free_after_profile(model, layout, limits, cache.gpu_memory_utilization, device)
+    else:
+        pool = CPU_KV_CACHE_BYTES
+    per_sequence = -(-limits.max_model_len // layout.block_size)
+    # More blocks than every slot at full length could use would only be memory taken from others.
+    blocks = min(layout.blocks_in(pool), per_sequence * limits.max_num_seqs)
+    if blocks < 1:
+        raise StartError(
+            f"one KV block takes {format_bytes(layout.bytes_per_block)}, but the pool has "
+            f"{format_bytes(max(pool, 0))}: raise --kv-cache-memory-bytes or "
+            "--gpu-memory-utilization, or lower --max-num-batched-tokens"
+        )
+    _require_pool_fits(blocks * layout.bytes_per_block, device)
+    return blocks
+
+
+def _require_pool_fits(num_bytes: int, device: torch.device) -> None:
+    free = available_bytes(device)
+    if num_bytes > free:
+        raise StartError(
+            f"the KV pool takes {format_bytes(num_bytes)}, but only {format_bytes(free)} of memory "
+            "are free: lower --kv-cache-memory-bytes"
+        )
+
+
+def _free_after_profile(
+    model: Model, layout: KVLayout, limits: Limits, utilization: float, device: torch.device
+) -> int:
+    """GPU bytes left for the pool, measured by running one largest step on a pool of one block."""
+    torch.cuda.reset_peak_memory_stats(device)
+    runner = _runner(model, layout, dispatch.backend(device), limits, device)
+    _largest_step(runner, limits)
+    peak = torch.cuda.max_memory_allocated(device)
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # other processes, CUDA's own
+    return int(total * utilization) - others - peak
+
+
+# ---------------------------------------------------------------------- warm-up
+
+
+def _runner(
+    model: Model,
+    layout: KVLayout,
+    backend: dispatch.Backend,
+    limits: Limits,
+    device: torch.device,
+) -> Runner:
+    return Runner(
+        model,
+        layout,
+        backend,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        device=device,
+    )
+
+
+def _largest_step(runner: Runner, limits: Limits) -> None:
+    """Runs prompts that fill the whole token budget, every slot sampling a token.
+
+    All blocks of a sequence may be the same one here: what is computed is of no interest.
+    """
+    seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    longest = limits.max_model_len - 1
+    budget = min(limits.max_num_batched_tokens, seqs * longest)
+    counts = [budget // seqs + (i < budget % seqs) for i in range(seqs)]
+    runner.run(_prompts(counts, runner.inputs.block_size))
+
+
+def _warm_up(runner: Runner, limits: Limits) -> None:
+    """A prompt and a few decode batches, so that the first request finds everything allocated."""
+    length = min(16, limits.max_model_len - 2)
+    block_size = runner.inputs.block_size
+    for seqs in sorted({1, min(4, limits.max_num_seqs), min(16, limits.max_num_seqs)}):
+        if seqs * length > limits.max_num_batched_tokens:
+            break
+        runner.run(_prompts([length] * seqs, block_size))
+        decodes = [ScheduledSeq(slot, length, 1, True) for slot in range(seqs)]
+        runner.run(StepPlan(-1, scheduled=decodes))
+
+
+def _prompts(counts: list[int], block_size: int) -> StepPlan:
+    """A plan that reads `counts[slot]` tokens into each slot, all into block 0, and samples."""
+    greedy = SamplingParams(temperature=0)
+    items = sorted(enumerate(counts), key=lambda item: item[1] > 1)
+    return StepPlan(
+        -1,
+        admitted=[Admitted(slot, [0] * count, greedy) for slot, count in items],
+        new_blocks=[SlotBlocks(s, 0, [0] * (-(-(n + 1) // block_size))) for s, n in items],
+        scheduled=[ScheduledSeq(slot, 0, count, True) for slot, count in items],
+    )

@@ -1,0 +1,152 @@
+"""The engine's loop: messages in, one step, one message out. Synchronous, on one thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.protocol import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    Failure,
+    Refusal,
+    Shutdown,
+    StepOutput,
+    Submit,
+    ToEngine,
+    TokenDelta,
+)
+from scheduler.plan import StepPlan, StepResult
+from scheduler.request import InvalidRequest, Request
+from scheduler.scheduler import Progress, Scheduler
+
+logger = logging.getLogger("quire.engine")
+
+# A step that raises ends the requests in it. So many in a row mean that the device, not a
+# request, is broken: better to die and be restarted than to fail everybody slowly.
+MAX_FAILED_STEPS = 8
+
+
+class PlanRunner(Protocol):
+    """What the loop needs of a runner; tests put a fake here."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Computes the plan."""
+
+
+class Inbox(Protocol):
+    """Where messages come from."""
+
+    def drain(self, wait: bool) -> list[ToEngine]:
+        """All messages that are there; with `wait`, at least one.
+
+        Raises:
+            EOFError: nobody will ever write again.
+        """
+
+
+class EngineLoop:
+    """Scheduler and runner, stepped in turn."""
+
+    def __init__(self, scheduler: Scheduler, runner: PlanRunner, info: EngineInfo) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.info = info
+        self._output = StepOutput(stats=EngineStats())
+        self._steps = self._failed_in_a_row = 0
+        self._prompt_tokens = self._generation_tokens = 0
+
+    def run(self, inbox: Inbox, send: Callable[[StepOutput], None]) -> None:
+        """Serves until `Shutdown` or the end of the inbox."""
+        while True:
+            try:
+                messages = inbox.drain(wait=not self.scheduler.has_work)
+            except EOFError:
+                return
+            for message in messages:
+                if isinstance(message, Shutdown):
+                    return
+                self.take(message)
+            if self.scheduler.has_work:
+                self.step()
+            send(self.collect())
+
+    def take(self, message: Submit | Abort) -> None:
+        """Queues or ends requests. What it has to say is in the next `collect`."""
+        if isinstance(message, Abort):
+            for request_id in message.request_ids:
+                self._tell(self.scheduler.abort(request_id))
+            return
+        for request in message.requests:
+            self._submit(request)
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except InvalidRequest as error:
+            refusal = Refusal(request.id, error.message, error.param, error.code)
+            self._output.refused.append(refusal)
+        else:
+            self._prompt_tokens += len(request.prompt_ids)
+            self._output.admitted.append(request.id)
+
+    def step(self) -> None:
+        """Plans, computes and commits one step. An exception ends the requests in it, no others."""
+        plan = self.scheduler.schedule()
+        if not plan.scheduled:
+            self.scheduler.commit(StepResult(plan.id, []))
+            return
+        try:
+            result = self.runner.run(plan)
+        except Exception as error:
+            logger.exception("step %d failed", plan.id)
+            self._fail(plan, error)
+            return
+        self._failed_in_a_row = 0
+        self._steps += 1
+        self._tell(self.scheduler.commit(result))
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= MAX_FAILED_STEPS:
+            raise error
+        text = f"{type(error).__name__} in the engine's step"
+        self._output.failed.extend(Failure(i, text) for i in self.scheduler.fail(plan))
+
+    def _tell(self, progress: list[Progress]) -> None:
+        for item in progress:
+            self._generation_tokens += len(item.tokens)
+            self._output.deltas.append(
+                TokenDelta(
+                    item.seq.request.id,
+                    item.seq.index,
+                    item.tokens,
+                    item.finish_reason,
+                    item.stop_reason,
+                )
+            )
+
+    def collect(self) -> StepOutput:
+        """All that was said since the last call, with a fresh snapshot."""
+        output, scheduler = self._output, self.scheduler
+        pool = scheduler.cache.pool
+        stats = EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_used,
+            preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+        self._output = StepOutput(stats=stats)
+        return StepOutput(
+            stats=stats,
+            admitted=output.admitted,
+            refused=output.refused,
+            failed=output.failed,
+            deltas=output.deltas,
+        )

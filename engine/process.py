@@ -1,0 +1,70 @@
+"""The engine's side of the process boundary."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from configs.settings import Settings
+from engine.protocol import FromEngine, Progress, Ready, StartFailed, ToEngine
+
+Report = Callable[[str, float, float, str], None]
+
+
+class PipeInbox:
+    """Reads messages from an anonymous pipe."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+
+    def drain(self, wait: bool) -> list[ToEngine]:
+        """All messages in the pipe; with `wait`, at least one. EOFError when the writer is gone."""
+        messages = []
+        while wait or self._pipe.poll():
+            messages.append(self._decode(self._pipe.recv_bytes()))
+            wait = False
+        return messages
+
+
+def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
+    """Entry point of the engine process: builds the engine, then serves until the pipe closes."""
+    # Ctrl-C reaches the whole process group; the front door decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        level=settings.observability.log_level.upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    encode = msgspec.msgpack.Encoder().encode
+
+    def send(message: FromEngine) -> None:
+        outbox.send_bytes(encode(message))
+
+    def progress(phase: str, done: float, total: float, note: str) -> None:
+        send(Progress(phase, done, total, note))
+
+    with contextlib.suppress(BrokenPipeError):  # the front door is gone: nobody is left to tell
+        _serve(settings, PipeInbox(inbox), send, progress)
+
+
+def _serve(
+    settings: Settings, inbox: PipeInbox, send: Callable[[FromEngine], None], progress: Report
+) -> None:
+    from engine.build import StartError, build
+
+    try:
+        loop = build(settings, progress)
+    except StartError as error:
+        send(StartFailed(str(error), expected=True))
+        return
+    except Exception:
+        send(StartFailed(traceback.format_exc(), expected=False))
+        return
+    send(Ready(loop.info))
+    loop.run(inbox, send)

@@ -1,0 +1,89 @@
+"""One answer in the making, as the scheduler sees it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from paged_cache.table import BlockTable
+from scheduler.request import Request
+
+NO_SLOT = -1
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The tokens of one of a request's n answers, and how far they are computed.
+
+    There are no phases: `todo` is the number of tokens whose keys and values are missing. A new
+    prompt, a chunk of one, the single token of a decode step and everything after a preemption
+    are the same case.
+
+        tokens        [ prompt ........ | generated .... ]  + in_flight not yet read back
+        num_computed  [ keys and values present )
+
+    Attributes:
+        tokens: ids of the prompt, then of the answer as far as it was read back.
+        num_computed: tokens whose KV is stored, counting the steps that were planned.
+        in_flight: tokens that planned steps will sample; the device has them before the host.
+        slot: row of the device state while it runs.
+        order: place in the order of arrival over all sequences.
+    """
+
+    __slots__ = (
+        "in_flight",
+        "index",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt",
+        "order",
+        "request",
+        "slot",
+        "status",
+        "table",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, index: int, order: int) -> None:
+        self.request = request
+        self.index = index
+        self.order = order
+        self.tokens = list(request.prompt_ids)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.in_flight = 0
+        self.num_preemptions = 0
+        self.table = BlockTable()
+        self.slot = NO_SLOT
+        self.status = Status.WAITING
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.id!r}[{self.index}] {self.status.value}, slot {self.slot}, "
+            f"{self.num_computed} of {len(self.tokens)}+{self.in_flight} computed)"
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens there are, the ones in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def todo(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return self.length - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer, the ones in flight included."""
+        return self.length - self.num_prompt
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the planned steps already generate every token that it may have."""
+        limit = self.request.sampling.max_tokens
+        return limit is not None and self.num_generated >= limit

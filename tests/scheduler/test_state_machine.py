@@ -1,0 +1,134 @@
+"""Random histories of the scheduler, its tables and the pool, checked after every step."""
+
+import os
+from collections import deque
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paged_cache.manager import KVCacheManager
+from paged_cache.pool import BlockPool
+from scheduler.plan import StepPlan, StepResult
+from scheduler.request import InvalidRequest, Request
+from scheduler.scheduler import Progress, Scheduler
+from tests.scheduler.fake_device import FakeDevice, expected, make_request
+
+EOS = frozenset({0, 1, 2})
+STEPS = int(os.environ.get("QUIRE_TEST_STEPS", "20000"))
+STEPS_PER_RUN = 100
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, aborts, plans and commits in any order, with up to two plans in flight."""
+
+    @initialize(
+        blocks=st.integers(2, 24),
+        block_size=st.sampled_from([1, 2, 4, 16]),
+        slots=st.integers(1, 6),
+        budget=st.integers(1, 24),
+    )
+    def start(self, blocks: int, block_size: int, slots: int, budget: int) -> None:
+        self.pool = BlockPool(blocks)
+        cache = KVCacheManager(self.pool, block_size)
+        self.scheduler = Scheduler(
+            cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=EOS
+        )
+        self.device = FakeDevice(slots, block_size)
+        self.in_flight: deque[StepResult] = deque()
+        self.requests: dict[str, Request] = {}
+        self.answers: dict[tuple[str, int], list[int]] = {}
+        self.reasons: dict[tuple[str, int], str] = {}
+
+    @rule(
+        prompt=st.lists(st.integers(0, 96), min_size=1, max_size=40),
+        max_tokens=st.integers(1, 30),
+        n=st.integers(1, 3),
+        temperature=st.sampled_from([0.0, 1.0]),
+        ignore_eos=st.booleans(),
+    )
+    def add(
+        self, prompt: list[int], max_tokens: int, n: int, temperature: float, ignore_eos: bool
+    ) -> None:
+        name = f"r{len(self.requests)}"
+        request = make_request(
+            name, prompt, max_tokens, n, temperature=temperature, ignore_eos=ignore_eos
+        )
+        cache = self.scheduler.cache
+        try:
+            self.scheduler.add(request)
+        except InvalidRequest:
+            assert cache.blocks_for(len(prompt) + max_tokens - 1) > self.pool.num_blocks
+        else:
+            self.requests[name] = request
+
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def plan(self) -> None:
+        before = self.scheduler.has_work
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert before or not plan.scheduled
+        self.in_flight.append(self.device.run(plan))
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def commit(self) -> None:
+        self.take(self.scheduler.commit(self.in_flight.popleft()))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.requests)))))
+
+    @precondition(lambda self: not self.in_flight and self.scheduler.running)
+    @rule()
+    def fail(self) -> None:
+        plan: StepPlan = self.scheduler.schedule()
+        for name in self.scheduler.fail(plan):
+            for index in range(self.requests[name].n):
+                self.reasons.setdefault((name, index), "error")
+
+    def take(self, progress: list[Progress]) -> None:
+        for item in progress:
+            key = (item.seq.request.id, item.seq.index)
+            assert key not in self.reasons, "a finished sequence went on"
+            self.answers.setdefault(key, []).extend(item.tokens)
+            if item.finish_reason:
+                self.reasons[key] = item.finish_reason
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            assert self.pool.num_free + self.pool.num_used == self.pool.num_blocks
+
+    def teardown(self) -> None:
+        """Everything admitted finishes, with the tokens that it would have had alone."""
+        if not hasattr(self, "scheduler"):
+            return
+        while self.in_flight:
+            self.commit()
+        for _ in range(100_000):
+            if not self.scheduler.has_work:
+                break
+            self.take(self.scheduler.commit(self.device.run(self.scheduler.schedule())))
+        assert not self.scheduler.has_work
+        assert self.pool.num_used == 0
+        assert len(self.scheduler._free_slots) == len(self.device.tokens)
+        for name, request in self.requests.items():
+            for index in range(request.n):
+                whole = expected(request, index, EOS)
+                answer = self.answers.get((name, index), [])
+                assert answer == whole[: len(answer)]
+                if self.reasons[name, index] in ("stop", "length"):
+                    assert answer == whole
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=-(-STEPS // STEPS_PER_RUN),
+    stateful_step_count=STEPS_PER_RUN,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
