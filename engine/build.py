@@ -16,9 +16,9 @@ from engine.memory import available_bytes
 from engine.protocol import EngineInfo
 from engine.runner import Runner
 from kernels import dispatch
-from models import loader
+from models import loader, registry
 from models.config import CheckpointError, ModelConfig
-from models.decoder import Model
+from models.decoder import CausalLM
 from paged_cache.layout import KVFormat, KVGroup, KVLayout
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
@@ -61,18 +61,18 @@ def build(settings: Settings, report: Report = silent) -> EngineLoop:
         path = loader.resolve(settings.model.model, settings.model.revision, report)
         config = loader.load_config(path)
         dtype = loader.resolve_dtype(settings.model.dtype, config, device)
-        _require_weights_fit(path, dtype, device)
+        _require_weights_fit(weight_bytes(config, dtype), dtype, device)
         model = loader.load_model(path, config, dtype=dtype, device=device, progress=report)
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         raise StartError(str(error)) from None
     return assemble(model, settings, device, path, report)
 
 
 def assemble(
-    model: Model, settings: Settings, device: torch.device, path: Path, report: Report = silent
+    model: CausalLM, settings: Settings, device: torch.device, path: Path, report: Report = silent
 ) -> EngineLoop:
     """Everything that follows once there is a model."""
-    config, dtype = model.config, model.dtype
+    config, dtype = model.config, model.embed.weight.dtype
     backend = dispatch.backend(device)
     report("kernels", 0, 1, "compiling or loading from the cache")
     for window in sorted(set(model.layer_windows)):
@@ -115,14 +115,14 @@ def assemble(
 
 
 def _info(
-    path: Path, model: Model, layout: KVLayout, limits: Limits, device: torch.device
+    path: Path, model: CausalLM, layout: KVLayout, limits: Limits, device: torch.device
 ) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return EngineInfo(
         model_path=str(path),
         architecture=model.config.architecture,
         device=name,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(model.embed.weight.dtype).removeprefix("torch."),
         vocab_size=model.config.vocab_size,
         max_model_len=limits.max_model_len,
         eos_token_ids=list(model.config.eos_token_ids),
@@ -131,7 +131,7 @@ def _info(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         kv_bytes_per_token=layout.bytes_per_token,
-        weight_bytes=model.num_bytes,
+        weight_bytes=weight_bytes(model.config, model.embed.weight.dtype),
     )
 
 
@@ -177,9 +177,14 @@ def _fit_context(limits: Limits, layout: KVLayout, wanted: int | None) -> Limits
 # ---------------------------------------------------------------------- memory
 
 
-def _require_weights_fit(path: Path, dtype: torch.dtype, device: torch.device) -> None:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights, from its shape alone."""
+    shape = registry.build(config, dtype, torch.device("meta"))
+    return sum(tensor.nbytes for tensor in shape.checkpoint_tensors().values())
+
+
+def _require_weights_fit(needed: int, dtype: torch.dtype, device: torch.device) -> None:
     """Fails before the first byte is read rather than after minutes of loading."""
-    needed = loader.num_parameters(path) * dtype.itemsize
     free = available_bytes(device)
     if needed > free:
         raise StartError(
@@ -189,7 +194,7 @@ def _require_weights_fit(path: Path, dtype: torch.dtype, device: torch.device) -
 
 
 def _num_blocks(
-    settings: Settings, model: Model, layout: KVLayout, limits: Limits, device: torch.device
+    settings: Settings, model: CausalLM, layout: KVLayout, limits: Limits, device: torch.device
 ) -> int:
     """How many KV blocks the pool gets."""
     cache = settings.cache
@@ -225,7 +230,7 @@ def _require_pool_fits(num_bytes: int, device: torch.device) -> None:
 
 
 def _free_after_profile(
-    model: Model, layout: KVLayout, limits: Limits, utilization: float, device: torch.device
+    model: CausalLM, layout: KVLayout, limits: Limits, utilization: float, device: torch.device
 ) -> int:
     """GPU bytes left for the pool, measured by running one largest step on a pool of one block."""
     torch.cuda.reset_peak_memory_stats(device)
@@ -243,7 +248,7 @@ def _free_after_profile(
 
 
 def _runner(
-    model: Model,
+    model: CausalLM,
     layout: KVLayout,
     backend: dispatch.Backend,
     limits: Limits,

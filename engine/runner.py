@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from models.decoder import Model
 
 from engine.inputs import InputBuilder, StepInputs
 from engine.sampler import sample
 from engine.state import SlotState
 from kernels.dispatch import Backend
+from models.decoder import CausalLM
 from paged_cache.layout import KVLayout
 from paged_cache.storage import KVStorage
 from scheduler.plan import StepPlan, StepResult
@@ -19,7 +19,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Model,
+        model: CausalLM,
         layout: KVLayout,
         backend: Backend,
         *,
