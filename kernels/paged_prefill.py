@@ -1,0 +1,169 @@
+"""Triton: causal attention of ragged chunks over block tables (FlashAttention-2, paged).
+
+One program serves one (tile of queries, K/V head, sequence). The rows of its matrix products are
+the tile's queries times the query heads of the group:
+
+    row         0    1    2    3    4    5  ...            GROUP = 2
+    query       0    0    1    1    2    2
+    head        0    1    0    1    0    1
+
+Context tiles that every row sees need no mask; only those that cross the diagonal, the start of
+the window or the end of the context are masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.kv_tile import load_keys, load_values, tile_rows
+from kernels.paged_decode import base2_scores, dot_precision
+
+
+@triton.jit
+def prefill_kernel(
+    query,
+    pages,
+    tables,
+    lens,
+    starts,
+    out,
+    scale,
+    value_offset,
+    kv_heads,
+    max_blocks,
+    query_stride,
+    out_stride,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (tiles of the longest chunk, kv_heads, seqs)."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    head, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = tl.load(starts + seq)
+    count = tl.load(starts + seq + 1) - start
+    context = tl.load(lens + seq)
+    first_query = tl.program_id(0) * QUERIES
+    if first_query < count:
+        rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+        index = first_query + rows // GROUP
+        live = (rows < QUERIES * GROUP) & (index < count)
+        mask = live[:, None] & (dims < DIM)[None, :]
+        token = (start + index).to(tl.int64)
+        within = (head * GROUP + rows % GROUP)[:, None] * DIM + dims[None, :]
+        q = tl.load(query + token[:, None] * query_stride + within, mask=mask, other=0.0)
+
+        before = context - count  # tokens of this sequence that are older than the chunk
+        positions = before + index
+        last_query = tl.minimum(first_query + QUERIES, count) - 1
+        end = tl.cdiv(before + last_query + 1, TILE)
+        clear_end = tl.minimum((before + first_query + 1) // TILE, end)  # whole for every row
+        begin, clear_begin = 0, 0
+        if WINDOW > 0:
+            begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE
+            clear_begin = tl.cdiv(tl.maximum(before + last_query - WINDOW + 1, 0), TILE)
+            clear_begin = tl.minimum(clear_begin, end)
+            clear_end = tl.maximum(clear_end, clear_begin)
+
+        table = tables + seq * max_blocks
+        top = tl.full([ROWS], -1e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        for phase in tl.static_range(3):  # start of the window, fully visible, diagonal
+            low, high = begin, clear_begin
+            if phase == 1:
+                low, high = clear_begin, clear_end
+            if phase == 2:
+                low, high = clear_end, end
+            for tile in range(low, high):
+                tokens = tile * TILE + tl.arange(0, TILE)
+                seen = tokens < context
+                places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
+                k = load_keys(pages, places, seen, DIM, DIM_PAD, q.dtype)
+                scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+                if phase != 1:
+                    visible = tokens[None, :] <= positions[:, None]
+                    if WINDOW > 0:
+                        visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
+                    scores = tl.where(visible, scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, axis=1))
+                weights = tl.exp2(scores - new_top[:, None])
+                decay = tl.exp2(top - new_top)
+                total = total * decay + tl.sum(weights, axis=1)
+                v = load_values(pages + value_offset, places, seen, DIM, DIM_PAD, q.dtype)
+                acc = acc * decay[:, None]
+                acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
+                top = new_top
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        target = out + token[:, None] * out_stride + within
+        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def prefill_shape(heads: int, kv_heads: int, head_dim: int, max_query_len: int) -> dict[str, int]:
+    """The compile-time sizes and launch options of the prefill kernel.
+
+    Short chunks (decode steps, speculation) take the smallest tile that tl.dot allows, long ones
+    a tile large enough to reuse each K/V tile 64 or 128 times.
+    """
+    group = heads // kv_heads
+    dim_pad = triton.next_power_of_2(head_dim)
+    rows = 16
+    if group * max_query_len > rows:
+        rows = 64 if group * max_query_len <= 64 or dim_pad > 128 else 128
+    return {
+        "GROUP": group,
+        "ROWS": max(rows, triton.next_power_of_2(group)),
+        "DIM": head_dim,
+        "DIM_PAD": dim_pad,
+        "TILE": 64 if dim_pad <= 128 else 32,
+        "num_warps": 4 if rows < 128 else 8,
+        "num_stages": 2,
+    }
+
+
+def paged_prefill(
+    query: Tensor,
+    pages: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Ragged chunks of new tokens over their paged contexts (see `kernels.reference`)."""
+    out = torch.empty_like(query) if out is None else out
+    kv_heads, block_size, head_dim = pages.shape[2:]
+    shape = prefill_shape(query.shape[1], kv_heads, head_dim, max_query_len)
+    tiles = triton.cdiv(max_query_len, shape["ROWS"] // shape["GROUP"])
+    with torch.cuda.device_of(query):
+        prefill_kernel[(tiles, kv_heads, len(context_lens))](
+            query,
+            pages,
+            block_tables,
+            context_lens,
+            query_start,
+            out,
+            scale,
+            pages.stride(0),
+            kv_heads,
+            block_tables.stride(0),
+            query.stride(0),
+            out.stride(0),
+            BLOCK_SIZE=block_size,
+            WINDOW=window,
+            SOFTCAP=softcap,
+            PRECISION=dot_precision(query.dtype),
+            **shape,
+        )
+    return out
