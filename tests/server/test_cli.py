@@ -75,7 +75,7 @@ def fake() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     asked: list[dict[str, Any]] = []
     handler = type("Handler", (FakeServer,), {"asked": asked})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{made.server_address[1]}", asked
         made.shutdown()
 
