@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO, TypeVar
 
 from configs.settings import Settings, SettingsError, format_bytes
-from engine.client import EngineClient, EngineStartError
+from engine.client import EngineClient, EngineStartError, connect
 from engine.protocol import EngineInfo, Progress
 from server import __version__
 from server.cli import FAILED, MISUSED, OK, reachable
@@ -83,12 +83,10 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 async def _serve(settings: Settings, bound: socket.socket) -> int:
-    import engine.client
-
     stop = _signals()
     with ProgressLines(sys.stderr) as lines:
         try:
-            client = await _unless(stop, engine.client.connect(settings, lines.show))
+            client = await _unless(stop, connect(settings, lines.show))
         except Stopped:
             return OK
     try:
@@ -130,6 +128,10 @@ async def _answer_http(
         def capture_signals(self) -> Iterator[None]:
             yield  # signals are `stop`'s: uvicorn would raise them again after a clean end
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(banner(settings, client.info, bound.getsockname()), flush=True)
+
     app = build_app(settings, client)
     server = Server(
         uvicorn.Config(
@@ -149,7 +151,6 @@ async def _answer_http(
         server.force_exit = True
 
     watching = asyncio.create_task(watch())
-    print(banner(settings, client.info, bound.getsockname()), flush=True)
     try:
         await server.serve(sockets=[bound])
     finally:
@@ -252,7 +253,6 @@ class ProgressLines:
             self._bar = None
 
     def _line(self, message: Progress) -> str:
-        amount = f" {format_bytes(message.total)}" if message.phase in _IN_BYTES else ""
-        note = f" ({message.note})" if message.note else ""
-        seconds = time.monotonic() - self._began
-        return f"{message.phase}:{amount}{note} in {seconds:.1f} s"
+        amount = [format_bytes(message.total)] if message.phase in _IN_BYTES else []
+        told = ", ".join([*amount, *([message.note] if message.note else [])])
+        return f"{message.phase}: {told} ({time.monotonic() - self._began:.1f} s)"

@@ -1,0 +1,198 @@
+"""`quire serve` from port to exit code, over an engine that only pretends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from configs.settings import Settings
+from engine.protocol import EngineInfo, Progress
+from server.launch import ProgressLines, banner, listening_socket
+
+ROOT = Path(__file__).parents[2]
+
+INFO = EngineInfo(
+    model_path="/models/tiny",
+    architecture="LlamaForCausalLM",
+    device="cpu",
+    dtype="float32",
+    vocab_size=100,
+    max_model_len=2048,
+    eos_token_ids=[0],
+    block_size=16,
+    num_blocks=1000,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    kv_bytes_per_token=1024,
+    weight_bytes=3 << 20,
+)
+
+SCRIPT = """
+import asyncio, sys
+from configs.settings import Settings
+from engine.client import EngineStartError
+from engine.protocol import Progress
+from server import launch
+from tests.server.test_launch import INFO
+
+class Engine:
+    info, alive = INFO, True
+    async def close(self):
+        print("engine closed", flush=True)
+
+async def connect(settings, on_progress):
+    on_progress(Progress("weights", 0, 2048))
+    if settings.model.model == "missing":
+        raise EngineStartError("no such model", expected=True)
+    if settings.model.model == "broken":
+        raise EngineStartError("Traceback of the engine", expected=False)
+    if settings.model.model == "slow":
+        print("loading", flush=True)
+        await asyncio.sleep(60)
+    on_progress(Progress("weights", 2048, 2048, "tiny"))
+    return Engine()
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if scope["path"] == "/slow":
+        print("answering", flush=True)
+        await asyncio.sleep(1)
+    await send({"type": "http.response.body", "body": b"ok"})
+
+launch.connect = connect
+launch.build_app = lambda settings, client: app
+sys.exit(launch.serve(Settings.of(port=0, model=sys.argv[1])))
+"""
+
+
+@contextlib.contextmanager
+def serving(model: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def lines_until(process: subprocess.Popen[str], word: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError(
+        f"ended without {word!r}: {lines} {process.stderr and process.stderr.read()}"
+    )
+
+
+def address(lines: list[str]) -> str:
+    return next(line.split()[2] for line in lines if "address" in line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_closes_the_engine_and_exits_0(number: signal.Signals) -> None:
+    with serving("embedded") as process:
+        url = address(lines_until(process, "curl"))
+        with urllib.request.urlopen(url) as answer:
+            assert answer.read() == b"ok"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "engine closed\n")
+        assert err.startswith("weights: 2 KiB, tiny (") and err.count("\n") == 1
+
+
+def test_a_running_answer_ends_before_the_server_does() -> None:
+    with serving("embedded") as process:
+        url = address(lines_until(process, "curl"))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(urllib.request.urlopen, url + "/slow")
+            lines_until(process, "answering")
+            process.send_signal(signal.SIGTERM)
+            assert answer.result().read() == b"ok"
+        assert process.wait(30) == 0
+
+
+def test_a_signal_while_the_engine_starts_exits_0_at_once() -> None:
+    with serving("slow") as process:
+        lines_until(process, "loading")
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 10
+
+
+def test_an_expected_start_error_is_one_line_and_2() -> None:
+    with serving("missing") as process:
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (2, "quire: no such model\n")
+
+
+def test_an_unexpected_one_is_a_traceback_and_1() -> None:
+    with serving("broken") as process:
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "Traceback of the engine" in err
+
+
+def test_the_banner_tells_sizes_and_a_first_request() -> None:
+    settings = Settings.of(host="0.0.0.0", api_key="4711", served_model_name=["a", "b"])
+    shown = banner(settings, INFO, ("0.0.0.0", 8000))
+    *box, request = shown.split("\n")
+    assert len({len(line) for line in box}) == 1
+    assert "http://127.0.0.1:8000" in shown
+    assert "1,000 blocks x 16 = 16,000 tokens, 15.6 MiB" in shown
+    assert "a, b" in shown and "2,048 tokens at most" in shown
+    assert "4711" not in shown and "$QUIRE_API_KEY" in request
+
+
+def test_a_port_is_taken_before_it_listens() -> None:
+    with listening_socket("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    out = Terminal()
+    with ProgressLines(out) as lines:
+        lines.show(Progress("download", 0, 4096))
+        lines.show(Progress("download", 4096, 4096, "model.safetensors"))
+        lines.show(Progress("memory", 1, 1))
+    assert "download: 100%" in out.getvalue() and "4.00k/4.00k" in out.getvalue()
+
+
+def test_progress_is_one_line_for_each_phase_elsewhere() -> None:
+    out = io.StringIO()
+    with ProgressLines(out) as lines:
+        for done in (0, 1024, 2048, 2048):
+            lines.show(Progress("weights", done, 2048))
+        lines.show(Progress("memory", 1, 1, "64 blocks"))
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("weights: 2 KiB (")
+    assert second.startswith("memory: 64 blocks (")
