@@ -1,0 +1,69 @@
+"""A request's answer does not depend on who else is there."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from scheduler.request import Request
+from tests.engine.drive import answers, engine, request
+from tests.models import checkpoints
+
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "seed": 1234},
+    "filtered": {"temperature": 1.2, "seed": -7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make("llama", tmp_path_factory.mktemp("crowd"))
+
+
+def crowd() -> list[Request]:
+    """16 others with sampling of their own."""
+    rng = random.Random(1)
+    return [
+        request(
+            f"other{i}",
+            rng.choices(range(3, 320), k=rng.randint(1, 90)),
+            max_tokens=40,
+            temperature=rng.choice([0.0, 0.7, 1.5]),
+            top_p=rng.choice([1.0, 0.8]),
+            seed=i,
+        )
+        for i in range(16)
+    ]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
+def test_alone_in_a_crowd_and_after_preemption(path: Path, sampling: dict[str, float]):
+    item = request("me", range(50, 120), max_tokens=40, **sampling)
+    alone = answers(engine(path), [item])["me"]
+
+    others = crowd()
+    among = answers(engine(path, max_num_batched_tokens=128), [*others[:8], item, *others[8:]])
+    assert among["me"] == alone
+
+    small = engine(path, num_gpu_blocks_override=14, max_num_seqs=6, max_num_batched_tokens=48)
+    preempted = 0
+    small.scheduler._preempt = _counting(small.scheduler._preempt, counts := [])
+    tight = answers(small, [*others[:3], item])
+    preempted = sum(name == "me" for name in counts)
+    assert preempted > 0, "the pool is too large: the request was never preempted"
+    assert tight["me"] == alone
+
+
+def _counting(preempt, names: list[str]):
+    def count(seq) -> None:
+        names.append(seq.request.id)
+        preempt(seq)
+
+    return count
+
+
+def test_seeds_differ(path: Path):
+    items = [request(f"s{seed}", range(50, 90), temperature=1.0, seed=seed) for seed in range(4)]
+    result = answers(engine(path), items)
+    assert len({tuple(tokens) for tokens in result.values()}) == 4
