@@ -1,0 +1,49 @@
+"""The HTTP application: one model's engine and text side, wired to routes."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from engine.client import EngineClient
+from server import __version__, errors
+from server.edge import BodyLimit, HangUp, KeyGuard, RequestId
+from server.metrics import Metrics
+from server.routes import chat, completions, status
+from server.schemas import Limits
+from server.service import Service
+from server.tokenizer import TextModel
+
+__all__ = ["Limits", "TextModel", "create_app"]
+
+
+def create_app(
+    engine: EngineClient,
+    text: TextModel,
+    *,
+    served_model_names: tuple[str, ...],
+    limits: Limits | None = None,
+    api_key: str | None = None,
+) -> FastAPI:
+    """The application over a running engine.
+
+    Args:
+        engine: started; closing it is the caller's.
+        text: the text side of the same model, `TextModel.load(engine.info.model_path)`.
+        served_model_names: what clients may put into `model`; the first is reported.
+        limits: largest body, most messages, most prompts.
+        api_key: asked of every request but health checks and metrics; None asks for nothing.
+    """
+    limits = limits or Limits()
+    metrics = Metrics(engine.stats, served_model_names[0])
+    service = Service(engine, text, metrics, served_model_names, limits)
+    app = FastAPI(title="Quire", version=__version__)
+    for module in (chat, completions, status):
+        app.include_router(module.router(service))
+    errors.install(app)
+    # The last one added is the first one met.
+    app.add_middleware(HangUp)
+    app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
+    if api_key is not None:
+        app.add_middleware(KeyGuard, key=api_key)
+    app.add_middleware(RequestId)
+    return app

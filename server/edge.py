@@ -1,0 +1,153 @@
+"""What every HTTP request passes before its route: plain ASGI middleware, outermost first.
+
+RequestId   names the request, takes the time of its arrival
+KeyGuard    401 before a byte of the body is read
+BodyLimit   413, from the content-length or while the body comes in
+HangUp      cancels the work of a client that went away
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError
+
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RequestId:
+    """Echoes the client's `x-request-id`, or gives one; `scope["state"]` gets `request_id` and
+    `arrival` (`time.monotonic()`, seconds)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        state = scope.setdefault("state", {})
+        state["request_id"], state["arrival"] = request_id, time.monotonic()
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
+class KeyGuard:
+    """Asks for `Authorization: Bearer <key>` on every path but the open ones."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(scope):
+            return await self._app(scope, receive, send)
+        error = ApiError(
+            401,
+            "a valid API key is needed: send it as 'Authorization: Bearer <key>'",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await error.response()(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        same = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self._key)
+        return same and scheme.lower() == "bearer"
+
+
+class BodyLimit:
+    """Refuses bodies above `limit` bytes without reading them whole."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            return await self._too_large(f"{int(declared)} bytes").response()(scope, receive, send)
+        taken = 0
+
+        async def counted_receive() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                raise self._too_large(f"more than {self._limit} bytes")
+            return message
+
+        await self._app(scope, counted_receive, send)
+
+    def _too_large(self, size: str) -> ApiError:
+        return ApiError(
+            413,
+            f"the body may have at most {self._limit} bytes, got {size}",
+            code="request_too_large",
+            headers={"connection": "close"},
+        )
+
+
+class HangUp:
+    """Cancels the request's task once its client is gone and the answer is not complete.
+
+    The watch begins when the body has been read, so that the route remains the only reader of it.
+    Cancelling is told from a cancellation by others as `asyncio.timeout` does: by a mark set here.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        work = asyncio.current_task()
+        assert work is not None
+        watch: asyncio.Task[None] | None = None
+        gone = complete = False
+
+        async def watch_for_disconnect() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not complete:
+                gone = True
+                work.cancel()
+
+        async def watched_receive() -> Message:
+            nonlocal watch
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                watch = watch or asyncio.create_task(watch_for_disconnect())
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal complete
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                complete = True
+            await send(message)
+
+        try:
+            await self._app(scope, watched_receive, watched_send)
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+            work.uncancel()
+        finally:
+            if watch is not None:
+                watch.cancel()

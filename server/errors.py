@@ -1,0 +1,140 @@
+"""One error shape for every status, and the mapping from exceptions to it.
+
+{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.client import EngineDead, RequestFailed
+from scheduler.request import InvalidRequest
+
+logger = logging.getLogger("quire.server")
+
+RETRY_AFTER_SECONDS = 5
+
+
+class ApiError(Exception):
+    """An answer that is an error: its status, its body and extra headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's class of the error, which follows from the status."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> bytes:
+        """The error as JSON."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> Response:
+        """The error as an HTTP response."""
+        return Response(
+            self.body(), self.status, headers=self.headers, media_type="application/json"
+        )
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    """400 for a field of the contract that this server does not serve."""
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def invalid(param: str | None, message: str) -> ApiError:
+    """400 for a value that is wrong whatever the server can do."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def from_exception(error: Exception) -> ApiError:
+    """What a client is told about `error`. Anything unforeseen is logged and told as a plain 500:
+    a traceback never reaches a body."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequest():
+            return ApiError(400, error.message, param=error.param, code=error.code)
+        case EngineDead():
+            return ApiError(
+                503,
+                f"the engine is not running: {error}"
+                if str(error)
+                else "the engine is not running",
+                code="engine_dead",
+                headers={"retry-after": str(RETRY_AFTER_SECONDS), "x-should-retry": "true"},
+            )
+        case RequestFailed():
+            return ApiError(500, str(error) or "the engine failed", code="request_failed")
+        case HTTPException():
+            return _from_http(error)
+        case _:
+            logger.error("unexpected error while answering", exc_info=error)
+            return ApiError(500, "the server hit an unexpected error", code="internal_error")
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    """404 and 405 of the router."""
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    return ApiError(
+        error.status_code,
+        str(error.detail) or HTTPStatus(error.status_code).phrase,
+        code=codes.get(error.status_code, "invalid_value"),
+        headers=error.headers,
+    )
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    answer = from_exception(error)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        answer.message = f"{answer.message}: {request.method} {request.url.path}"
+    response = answer.response()
+    # The outermost handler (500) sits outside the middleware that adds this header.
+    request_id = request.scope.get("state", {}).get("request_id")
+    if answer.status == 500 and request_id and not isinstance(error, ApiError | RequestFailed):
+        response.headers["x-request-id"] = request_id
+    return response
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of `app` take the one shape."""
+    kinds: tuple[type[Exception], ...] = (
+        ApiError,
+        InvalidRequest,
+        EngineDead,
+        RequestFailed,
+        HTTPException,
+        RequestValidationError,
+        Exception,
+    )
+    for kind in kinds:
+        app.add_exception_handler(kind, _handle)

@@ -1,0 +1,139 @@
+"""Fields that are not part of a schema: refused by name, or named as ignored; never silent.
+
+A field that gets built moves from `UNSUPPORTED` into `schemas.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from server.errors import invalid, unsupported
+
+# Field -> the values that ask for nothing and are therefore accepted.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (None,),
+    "audio": (None,),
+    "bad_words": (None, []),
+    "cache_salt": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "documents": (None, []),
+    "frequency_penalty": (None, 0, 0.0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_decoding_backend": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
+    "length_penalty": (None, 1, 1.0),
+    "logit_bias": (None, {}),
+    "logits_processors": (None, []),
+    "logprobs": (None, False),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "presence_penalty": (None, 0, 0.0),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "repetition_penalty": (None, 1, 1.0),
+    "response_format": (None, {"type": "text"}),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "structured_outputs": (None, {}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+}
+
+UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+
+HINTS = {
+    "chat_template": "a template never comes from a request",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    "guided_choice": "use structured_outputs",
+    "guided_decoding_backend": "use structured_outputs",
+    "guided_grammar": "use structured_outputs",
+    "guided_json": "use structured_outputs",
+    "guided_regex": "use structured_outputs",
+    "guided_whitespace_pattern": "use structured_outputs",
+    "suffix": "send a prompt that holds the model's own fill-in-the-middle tokens",
+    "use_beam_search": "use n",
+}
+
+MAX_NAMED = 32
+_PRINTABLE = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality that tells False from 0 and True from 1."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def check_extra(
+    extra: Mapping[str, object] | None,
+    neutral: Mapping[str, tuple[object, ...]] = UNSUPPORTED,
+    prefix: str = "",
+) -> list[str]:
+    """Judges the fields of an object that its schema does not know.
+
+    Args:
+        extra: those fields.
+        neutral: which of them are known but not served, and the values that ask for nothing.
+        prefix: path of the object, such as `messages.0.`.
+
+    Returns:
+        Paths of the fields that have no effect here.
+
+    Raises:
+        ApiError: 400 `unsupported_parameter`.
+    """
+    ignored = []
+    for name, value in (extra or {}).items():
+        path = prefix + name
+        if name not in neutral:
+            ignored.append(path)
+        elif not any(_same(value, one) for one in neutral[name]):
+            hint = f"; {HINTS[name]}" if name in HINTS else ""
+            raise unsupported(path, f"{path} is not supported by this server{hint}")
+    return ignored
+
+
+def printable(names: list[str]) -> str:
+    """Names as one header value. They are a client's: what is not a plain name is left out."""
+    plain = [name for name in names if _PRINTABLE.fullmatch(name)][:MAX_NAMED]
+    more = len(names) - len(plain)
+    return ", ".join([*plain, f"(and {more} more)"] if more else plain)
+
+
+def one_max_tokens(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
+    """The one value of the two names; some benchmark clients send both.
+
+    Raises:
+        ApiError: 400 where they differ, or one is no count.
+    """
+    given = {"max_tokens": max_tokens, "max_completion_tokens": max_completion_tokens}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise invalid(name, f"{name} must be at least 1, got {value}")
+    if max_tokens is None or max_completion_tokens is None:
+        return max_completion_tokens if max_tokens is None else max_tokens
+    if max_tokens != max_completion_tokens:
+        raise invalid(
+            "max_tokens",
+            f"max_tokens ({max_tokens}) and max_completion_tokens ({max_completion_tokens}) "
+            "differ: send one of them",
+        )
+    return max_tokens

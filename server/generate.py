@@ -1,0 +1,370 @@
+"""From requests to pieces of text: what every answer is made of, streamed or whole.
+
+    engine  --TokenDelta-->  Answer.push  --Piece-->  Generation.batches  -->  chunks, or one fold
+
+One task per engine request takes its deltas in and turns them into pieces at once, so that a stop
+string ends the computing even where the client reads slowly. Pieces gather until the reader looks:
+all those of one engine step reach it together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from engine.client import EngineClient, TokenStream
+from engine.protocol import TokenDelta
+from scheduler.request import Request
+from server.detokenizer import Detokenizer
+from server.errors import ApiError
+from server.metrics import AnswerClock, Metrics
+from server.stops import StopMatcher
+from server.tokenizer import TextModel
+
+IDLE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More text of one answer; the last piece of an answer has a finish reason."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How tokens become the text of an answer.
+
+    Attributes:
+        stops: strings at which the answer ends.
+        include_stop: whether the stop string or stop token is part of the text.
+        skip_special: leave special tokens out.
+        continues: the answer goes on the prompt's text (completions), so a first space counts.
+    """
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    continues: bool = False
+
+
+class Answer:
+    """One choice while it is written: tokens in, pieces out.
+
+    Attributes:
+        index: of the choice in the response.
+        tokens: tokens so far, those of a stop string and of the end included.
+        finished: whether a piece with a finish reason has come out.
+    """
+
+    __slots__ = ("_clock", "_detokenizer", "_include_stop", "_stops", "finished", "index", "tokens")
+
+    def __init__(
+        self, index: int, options: TextOptions, detokenizer: Detokenizer, clock: AnswerClock
+    ) -> None:
+        self.index = index
+        self.tokens = 0
+        self.finished = False
+        self._detokenizer, self._clock = detokenizer, clock
+        self._include_stop = options.include_stop
+        self._stops = (
+            StopMatcher(options.stops, include=options.include_stop) if options.stops else None
+        )
+
+    def push(self, delta: TokenDelta, now: float) -> Piece | None:
+        """Takes the tokens of one delta in, at `now` (monotonic seconds). None where they make no
+        whole character yet.
+
+        Raises:
+            ApiError: the engine aborted the answer.
+        """
+        if delta.finish_reason == "abort":
+            raise ApiError(
+                500, "the request was aborted", code="aborted", headers={"x-should-retry": "false"}
+            )
+        self._clock.tokens(len(delta.tokens), now)
+        text = self._read(delta)
+        matched = self._stops.matched if self._stops else None
+        if matched is not None:
+            return self._finish(Piece(self.index, text, "stop", matched), now)
+        if delta.finish_reason is not None:
+            text += self._flush()
+            matched = self._stops.matched if self._stops else None
+            reason = "stop" if matched is not None else delta.finish_reason
+            stop_reason = delta.stop_reason if matched is None else matched
+            return self._finish(Piece(self.index, text, reason, stop_reason), now)
+        return Piece(self.index, text) if text else None
+
+    def abandon(self, reason: str, now: float) -> None:
+        """The answer ends without its last piece: `abort` or `error`."""
+        if not self.finished:
+            self.finished = True
+            self._clock.finish(reason, now)
+
+    def _read(self, delta: TokenDelta) -> str:
+        """The text of the delta's tokens, up to a stop string. The token that ended the answer is
+        not shown, unless it is the client's own and asked for."""
+        tokens = delta.tokens
+        shown = len(tokens)
+        if delta.finish_reason == "stop" and not (
+            self._include_stop and delta.stop_reason is not None
+        ):
+            shown -= 1
+        push = self._detokenizer.push
+        if self._stops is None:
+            self.tokens += len(tokens)
+            return "".join([push(token) for token in tokens[:shown]])
+        text = ""
+        for count, token in enumerate(tokens[:shown], 1):
+            text += self._stops.push(push(token))
+            if self._stops.matched is not None:
+                self.tokens += count
+                return text
+        self.tokens += len(tokens)
+        return text
+
+    def _flush(self) -> str:
+        rest = self._detokenizer.flush()
+        return self._stops.push(rest) + self._stops.flush() if self._stops else rest
+
+    def _finish(self, piece: Piece, now: float) -> Piece:
+        self.finished = True
+        self._clock.finish(piece.finish_reason or "stop", now)
+        return piece
+
+
+@dataclass(slots=True)
+class WholeAnswer:
+    """The fold of one answer's pieces."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole HTTP request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def fields(self) -> dict[str, object]:
+        """As the wire has it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+@dataclass(slots=True)
+class _News:
+    """What the tasks have for the reader, and the bell that wakes it."""
+
+    bell: asyncio.Event = field(default_factory=asyncio.Event)
+    pieces: list[Piece] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Generation:
+    """The engine requests of one HTTP request, running together.
+
+    Used as a context: entering submits them, leaving aborts what is not finished.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        text: TextModel,
+        metrics: Metrics,
+        requests: Sequence[Request],
+        options: TextOptions,
+        arrival: float,
+    ) -> None:
+        """Args:
+        requests: one per prompt; their answers get the indexes 0..n-1, n..2n-1, ...
+        arrival: of the HTTP request, monotonic seconds.
+        """
+        self._engine, self._metrics, self._requests = engine, metrics, requests
+        self._answers = [
+            [
+                Answer(
+                    first + i,
+                    options,
+                    text.detokenizer(
+                        skip_special=options.skip_special, continues=options.continues
+                    ),
+                    metrics.answer(arrival),
+                )
+                for i in range(request.n)
+            ]
+            for first, request in _first_indexes(requests)
+        ]
+        self._news = _News()
+        self._not_admitted = self._open = len(requests)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def count(self) -> int:
+        """Answers of all prompts."""
+        return sum(map(len, self._answers))
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(
+            sum(len(request.prompt_ids) for request in self._requests),
+            sum(answer.tokens for answers in self._answers for answer in answers),
+        )
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(self._run(request, answers))
+            for request, answers in zip(self._requests, self._answers, strict=True)
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._not_admitted:  # refused, or gone before the engine took it: nothing was served
+            return
+        now = time.monotonic()
+        failed = self._news.error is not None and not _aborted(self._news.error)
+        for answers in self._answers:
+            for answer in answers:
+                answer.abandon("error" if failed else "abort", now)
+
+    async def batches(self) -> AsyncGenerator[list[Piece], None]:
+        """Pieces as they come, and an empty list after `IDLE_SECONDS` of nothing.
+
+        Nothing comes before every request is admitted, so that a refusal is the first thing heard.
+
+        Raises:
+            InvalidRequest, RequestFailed, EngineDead: as the engine says.
+            ApiError: the engine aborted an answer.
+        """
+        news = self._news
+        with _Alarm(news.bell) as alarm:
+            while True:
+                await news.bell.wait()
+                news.bell.clear()
+                if news.error is not None and self._not_admitted:
+                    raise news.error
+                if self._not_admitted:
+                    continue
+                pieces, news.pieces = news.pieces, []
+                if pieces or alarm.idle():
+                    alarm.reset()
+                    yield pieces
+                if news.error is not None:
+                    raise news.error
+                if not self._open and not news.pieces:
+                    return
+
+    async def whole(self) -> list[WholeAnswer]:
+        """All answers, once they are finished: the fold of the stream."""
+        answers = [WholeAnswer() for _ in range(self.count)]
+        texts: list[list[str]] = [[] for _ in answers]
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for pieces in batches:
+                for piece in pieces:
+                    texts[piece.index].append(piece.text)
+                    answers[piece.index].finish_reason = piece.finish_reason
+                    answers[piece.index].stop_reason = piece.stop_reason
+        for answer, parts in zip(answers, texts, strict=True):
+            answer.text = "".join(parts)
+        return answers
+
+    async def _run(self, request: Request, answers: Sequence[Answer]) -> None:
+        """One engine request from submission to its end."""
+        try:
+            stream = await self._engine.submit(request)
+            self._not_admitted -= 1
+            async with contextlib.aclosing(stream):
+                await self._take(request, stream, answers)
+        except Exception as error:  # every error of the engine is the reader's
+            self._news.error = self._news.error or error
+        finally:
+            self._open -= 1
+            self._news.bell.set()
+
+    async def _take(self, request: Request, stream: TokenStream, answers: Sequence[Answer]) -> None:
+        """Deltas to pieces until every answer is finished, which a stop string may make earlier
+        than the engine knows: leaving then aborts the request."""
+        news = self._news
+        unfinished = len(answers)
+        started = False
+        async for delta in stream:
+            if not started:
+                started = True
+                self._metrics.prompt_tokens.inc(len(request.prompt_ids))
+            answer = answers[delta.index]
+            if answer.finished:
+                continue
+            piece = answer.push(delta, time.monotonic())
+            if piece is not None:
+                news.pieces.append(piece)
+                news.bell.set()
+                unfinished -= answer.finished
+                if not unfinished:
+                    return
+        raise ApiError(500, "the engine ended the request early", code="request_failed")
+
+
+class _Alarm:
+    """Rings a bell after `IDLE_SECONDS` without a reset. One timer at a time, moved only when it
+    goes off: a reset per step costs a clock reading."""
+
+    def __init__(self, bell: asyncio.Event) -> None:
+        self._bell = bell
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_later(IDLE_SECONDS, self._ring)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def idle(self) -> bool:
+        return self._loop.time() >= self._last + IDLE_SECONDS
+
+    def reset(self) -> None:
+        self._last = self._loop.time()
+
+    def _ring(self) -> None:
+        if self.idle():
+            self._bell.set()
+        wait = max(self._last + IDLE_SECONDS - self._loop.time(), IDLE_SECONDS / 10)
+        self._timer = self._loop.call_later(wait, self._ring)
+
+
+def _aborted(error: Exception) -> bool:
+    return isinstance(error, ApiError) and error.code == "aborted"
+
+
+def _first_indexes(requests: Iterable[Request]) -> list[tuple[int, Request]]:
+    pairs, first = [], 0
+    for request in requests:
+        pairs.append((first, request))
+        first += request.n
+    return pairs

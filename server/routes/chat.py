@@ -1,0 +1,102 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from server.errors import invalid
+from server.fields import UNSUPPORTED_IN_MESSAGE, check_extra
+from server.schemas import ChatBody
+from server.service import Prompt, Service, usage_options
+from server.sse import ChatChunks, EventStream, events
+from server.template import TemplateError
+
+
+def router(service: Service) -> APIRouter:
+    """The route over `service`."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(http: HttpRequest) -> Response:
+        body = await service.read(http, ChatBody)
+        headers = service.response_headers(http, body, check_messages(body))
+        envelope = service.envelope("chatcmpl", body)
+        sampling = service.sampling(body)
+        ids = await asyncio.to_thread(prompt_ids, service, body)
+        request = service.request(envelope.id, Prompt(ids), sampling, body.n, "messages")
+        generation = service.generation(http, body, [request], continues=False)
+        if body.stream:
+            chunks = ChatChunks(envelope)
+            return EventStream(events(generation, chunks, usage_options(body)), headers)
+        async with generation:
+            answers = await generation.whole()
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        whole = {
+            **envelope.fields("chat.completion"),
+            "choices": choices,
+            "usage": generation.usage.fields(),
+        }
+        return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
+
+    return routes
+
+
+def check_messages(body: ChatBody) -> list[str]:
+    """Paths of fields of messages that have no effect.
+
+    Raises:
+        ApiError: 400 for messages that cannot be rendered.
+    """
+    if not body.messages:
+        raise invalid("messages", "messages must have at least 1 message, got 0")
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise invalid(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt cannot both be true",
+            )
+        last = body.messages[-1].role
+        if last != "assistant":
+            param = f"messages.{len(body.messages) - 1}.role"
+            raise invalid(
+                param, f"{param} must be 'assistant' with continue_final_message, got {last!r}"
+            )
+    ignored = []
+    for place, message in enumerate(body.messages):
+        if message.model_extra:
+            ignored += check_extra(
+                message.model_extra, UNSUPPORTED_IN_MESSAGE, f"messages.{place}."
+            )
+    return ignored
+
+
+def prompt_ids(service: Service, body: ChatBody) -> tuple[int, ...]:
+    """The chat as token ids. The template writes the special tokens, the tokenizer adds none
+    unless asked to. Takes its time: to be run on a thread.
+
+    Raises:
+        ApiError: the template refuses the messages.
+    """
+    try:
+        text = service.text.render(
+            [message.for_template() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+        )
+    except TemplateError as error:
+        raise invalid("messages", str(error)) from None
+    return tuple(service.text.encode([text], add_special_tokens=bool(body.add_special_tokens))[0])

@@ -1,0 +1,198 @@
+"""The bodies of the OpenAI API as far as this server serves them. Types only: ranges are checked
+where `scheduler.request` builds the request, fields left out of here in `fields`."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from server.errors import ApiError, invalid
+
+MAX_STOPS = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a body may be: bytes, messages of a chat, prompts of a completion."""
+
+    max_body_bytes: int = 4 * 2**20
+    max_messages: int = 1000
+    max_prompts: int = 1000
+
+
+def _by_type(value: object) -> str:
+    """Which branch of `Prompt`, `Stop` or `Content` a value belongs to; one branch is then tried,
+    so that a long list of ids is not validated as a list of strings first."""
+    if isinstance(value, str):
+        return "<str>"
+    first = value[0] if isinstance(value, Sequence) and value else ""
+    if isinstance(first, str):
+        return "<strings>"
+    return "<lists>" if isinstance(first, list | tuple) else "<ids>"
+
+
+FailFast = Field(fail_fast=True)
+
+Strings = Annotated[list[str], FailFast]
+Ids = Annotated[list[int], FailFast]
+Prompt = Annotated[
+    Annotated[str, Tag("<str>")]
+    | Annotated[Strings, Tag("<strings>")]
+    | Annotated[Ids, Tag("<ids>")]
+    | Annotated[list[Ids], FailFast, Tag("<lists>")],
+    Discriminator(_by_type),
+]
+Stop = Annotated[
+    Annotated[str, Tag("<str>")]
+    | Annotated[Strings, Tag("<strings>")]
+    | Annotated[Strings, Tag("<ids>")]
+    | Annotated[Strings, Tag("<lists>")],
+    Discriminator(_by_type),
+]
+
+
+class Body(BaseModel):
+    """Base of all bodies: JSON types are not converted, unknown fields are kept for `fields`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class TextPart(Body):
+    """A part of a message's content; other kinds of parts are refused by their type."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _content_kind(value: object) -> str:
+    return "<str>" if isinstance(value, str) else "<parts>"
+
+
+Content = Annotated[
+    Annotated[str, Tag("<str>")] | Annotated[list[TextPart], FailFast, Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: Content
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """The message as a chat template sees it: the content as one string, no nulls."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        more = {"name": self.name, "reasoning_content": self.reasoning_content}
+        more["tool_call_id"] = self.tool_call_id
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": self.role, "content": content, **given}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """What chat and completions share. `null` means the default everywhere."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: Stop | None = None
+    stop_token_ids: Ids | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as one tuple, checked.
+
+        Raises:
+            ApiError: 400 for too many of them or an empty one.
+        """
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MAX_STOPS:
+            raise invalid("stop", f"stop may have at most {MAX_STOPS} strings, got {len(stops)}")
+        if "" in stops:
+            param = "stop" if isinstance(self.stop, str) else f"stop.{stops.index('')}"
+            raise invalid(param, f"{param} must not be an empty string, got ''")
+        return stops
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[Message], FailFast]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: Literal[False] | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompt
+    echo: bool | None = None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], raw: bytes, limits: Limits) -> B:
+    """The body as `kind`.
+
+    Lists are counted before they are validated: a million empty prompts would hold up every stream.
+
+    Raises:
+        ApiError: 400 for malformed JSON, wrong types and too many messages or prompts, with the
+            path of the first of them.
+    """
+    try:
+        fields = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(None, f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise invalid(None, "the body must be a JSON object")
+    _count(fields, "messages", limits.max_messages)
+    if (prompts := fields.get("prompt")) and isinstance(prompts, list):
+        _count(fields, "prompt", limits.max_prompts if not isinstance(prompts[0], int) else None)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+def _count(fields: dict[str, Any], name: str, limit: int | None) -> None:
+    value = fields.get(name)
+    if limit is not None and isinstance(value, list) and len(value) > limit:
+        raise invalid(name, f"{name} may have at most {limit} items, got {len(value)}")
+
+
+def _first_error(error: ValidationError) -> ApiError:
+    detail: Any = error.errors(include_url=False, include_context=False)[0]
+    path = ".".join(str(step) for step in detail["loc"] if not str(step).startswith("<")) or None
+    if path is None:
+        return invalid(None, "the body must be a JSON object")
+    if detail["type"] == "missing":
+        return invalid(path, f"{path} is required")
+    message = detail["msg"].replace("Input should be", "must be")
+    return invalid(path, f"{path} {message}, got {reprlib.repr(detail['input'])}")

@@ -1,0 +1,189 @@
+"""What the routes share: reading a body, checking it against what is served, building the engine's
+requests from it."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from engine.client import EngineClient
+from engine.protocol import EngineInfo
+from scheduler.request import InvalidRequest, Request, SamplingParams, build
+from server import __version__
+from server.errors import ApiError, invalid, unsupported
+from server.fields import check_extra, one_max_tokens, printable
+from server.generate import Generation, TextOptions
+from server.metrics import Metrics
+from server.schemas import GenerationBody, Limits, parse
+from server.sse import Envelope, UsageOptions
+from server.tokenizer import TextModel
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a request.
+
+    Attributes:
+        ids: its token ids.
+        text: as it is echoed; "" where nobody asked.
+    """
+
+    ids: tuple[int, ...]
+    text: str = ""
+
+
+class Service:
+    """One model behind HTTP.
+
+    Attributes:
+        names: under which it is served; the first goes to `/metrics`.
+        created: when this server started, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        text: TextModel,
+        metrics: Metrics,
+        names: tuple[str, ...],
+        limits: Limits,
+    ) -> None:
+        self.engine, self.text, self.metrics = engine, text, metrics
+        self.names, self.limits = names, limits
+        self.created = int(time.time())
+        self._fingerprint = _fingerprint(engine.info, names[0])
+
+    async def read(self, http: HttpRequest, kind: type[B]) -> B:
+        """The body of a generation request, its model known and its combinations possible.
+
+        Raises:
+            ApiError: 400, 404 or 413.
+        """
+        body = parse(kind, await http.body(), self.limits)
+        if body.model is not None:
+            self.check_model(body.model)
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise unsupported("best_of", f"best_of must equal n, got {body.best_of}; use n")
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options", "stream_options needs stream to be true")
+        return body
+
+    def check_model(self, name: str) -> None:
+        """Raises:
+        ApiError: 404 `model_not_found`.
+        """
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; there is {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def response_headers(
+        self, http: HttpRequest, body: GenerationBody, more: list[str]
+    ) -> dict[str, str]:
+        """Names the fields that have no effect; `more` are those that the route found.
+
+        Raises:
+            ApiError: 400 for a field that is not served, and with `x-strict: 1` for an ignored one.
+        """
+        ignored = check_extra(body.model_extra) + more
+        if body.stream_options is not None:
+            ignored += check_extra(body.stream_options.model_extra, prefix="stream_options.")
+        if not ignored:
+            return {}
+        names = printable(ignored)
+        if http.headers.get("x-strict", "") in ("1", "true"):
+            raise unsupported(ignored[0], f"x-strict refuses what would be ignored: {names}")
+        return {"x-ignored-params": names}
+
+    def sampling(self, body: GenerationBody) -> SamplingParams:
+        """The sampling fields, without a `max_tokens` where the client gave none.
+
+        Raises:
+            InvalidRequest, ApiError: a value is out of range.
+        """
+        stop_ids = tuple(body.stop_token_ids or ())
+        top = self.engine.info.vocab_size - 1
+        for place, token in enumerate(stop_ids):
+            if not 0 <= token <= top:
+                param = f"stop_token_ids.{place}"
+                raise invalid(param, f"{param} must be between 0 and {top}, got {token}")
+        return SamplingParams(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=body.top_k or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            seed=body.seed,
+            max_tokens=one_max_tokens(body.max_tokens, body.max_completion_tokens),
+            stop_token_ids=stop_ids,
+            ignore_eos=bool(body.ignore_eos),
+        )
+
+    def request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int | None, param: str
+    ) -> Request:
+        """An engine request. `param` is the client's name of the prompt.
+
+        Raises:
+            InvalidRequest: it can never be served.
+        """
+        info = self.engine.info
+        if not prompt.ids:
+            raise InvalidRequest(f"{param} must have at least one token, got none", param)
+        return build(
+            request_id,
+            prompt.ids,
+            sampling,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            seed=secrets.randbits(63),
+            n=1 if n is None else n,
+            param=param,
+        )
+
+    def generation(
+        self, http: HttpRequest, body: GenerationBody, requests: list[Request], *, continues: bool
+    ) -> Generation:
+        """The running of `requests`; `continues`: see `TextOptions`."""
+        options = TextOptions(
+            stops=body.stops(),
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special=body.skip_special_tokens is not False,
+            continues=continues,
+        )
+        return Generation(
+            self.engine, self.text, self.metrics, requests, options, http.scope["state"]["arrival"]
+        )
+
+    def envelope(self, prefix: str, body: GenerationBody) -> Envelope:
+        """Names of a new response; its id begins with `prefix`."""
+        return Envelope(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=body.model or self.names[0],
+            system_fingerprint=self._fingerprint,
+        )
+
+
+def usage_options(body: GenerationBody) -> UsageOptions:
+    """`stream_options`, or the defaults."""
+    options = body.stream_options
+    if options is None:
+        return UsageOptions()
+    return UsageOptions(bool(options.include_usage), bool(options.continuous_usage_stats))
+
+
+def _fingerprint(info: EngineInfo, name: str) -> str:
+    """Changes with what may change the answers of a seed."""
+    what = f"{__version__} {name} {info.architecture} {info.dtype} {info.device}"
+    return f"fp_{hashlib.sha256(what.encode()).hexdigest()[:12]}"

@@ -1,0 +1,200 @@
+"""Server-sent events of the two streaming endpoints, made of prepared bytes.
+
+Only the varying part of a chunk is encoded; id, created, model and fingerprint are the same in all
+chunks of a response and are encoded once. The contract's fields stand in this order:
+
+    data: {"id":..,"object":..,"created":..,"model":..,"system_fingerprint":..,
+           "choices":[{"index":..,"delta"|"text":..,"logprobs":null,"finish_reason":..}],"usage":..}
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import from_exception
+from server.generate import Generation, Piece, Usage
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": waiting\n\n"
+MEDIA_TYPE = "text/event-stream; charset=utf-8"
+
+_json = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all chunks of a response share."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def fields(self, kind: str) -> dict[str, object]:
+        """In the order of the wire; `kind` is the value of `object`."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class UsageOptions:
+    """`stream_options`: usage at the end, and in every chunk."""
+
+    at_end: bool = False
+    in_every_chunk: bool = False
+
+
+class Chunks(Protocol):
+    """How one endpoint words its chunks."""
+
+    def opening(self, index: int, usage: bytes) -> bytes:
+        """The first chunk of an answer, if there is one."""
+
+    def piece(self, piece: Piece, usage: bytes) -> bytes:
+        """The chunk, or the two, of one piece."""
+
+    def usage(self, usage: Usage) -> bytes:
+        """The chunk without choices."""
+
+
+class _Frame:
+    """The bytes before and between what varies."""
+
+    def __init__(self, envelope: Envelope, kind: str) -> None:
+        self._head = b"data: " + _json(envelope.fields(kind))[:-1] + b',"choices":['
+        self._starts: dict[int, bytes] = {}
+
+    def choice(self, index: int, varying: bytes, usage: bytes) -> bytes:
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = b'%b{"index":%d,' % (self._head, index)
+        return b"%b%b}]%b}\n\n" % (start, varying, usage)
+
+    def usage(self, usage: Usage) -> bytes:
+        return b'%b],"usage":%b}\n\n' % (self._head, _json(usage.fields()))
+
+
+def _ending(piece: Piece) -> bytes:
+    ending = b'"logprobs":null,"finish_reason":' + _json(piece.finish_reason)
+    if piece.finish_reason is not None:
+        ending += b',"stop_reason":' + _json(piece.stop_reason)
+    return ending
+
+
+class ChatChunks:
+    """role chunk, content chunks, a chunk with an empty delta and the finish reason."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self._frame = _Frame(envelope, "chat.completion.chunk")
+        self.usage = self._frame.usage
+
+    def opening(self, index: int, usage: bytes) -> bytes:
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return self._frame.choice(index, delta, usage)
+
+    def piece(self, piece: Piece, usage: bytes) -> bytes:
+        chunks = b""
+        if piece.text:
+            delta = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null'
+            chunks = self._frame.choice(piece.index, delta % _json(piece.text), usage)
+        if piece.finish_reason is not None:
+            chunks += self._frame.choice(piece.index, b'"delta":{},' + _ending(piece), usage)
+        return chunks
+
+
+class CompletionChunks:
+    """Text chunks; the last of an answer has the finish reason.
+
+    `echoes`: the text of each prompt, which opens its n answers; empty without echo.
+    """
+
+    def __init__(self, envelope: Envelope, echoes: list[str], n: int) -> None:
+        self._frame = _Frame(envelope, "text_completion")
+        self._echoes, self._n = echoes, n
+        self.usage = self._frame.usage
+
+    def opening(self, index: int, usage: bytes) -> bytes:
+        if not self._echoes:
+            return b""
+        return self.piece(Piece(index, self._echoes[index // self._n]), usage)
+
+    def piece(self, piece: Piece, usage: bytes) -> bytes:
+        return self._frame.choice(
+            piece.index, b'"text":%b,%b' % (_json(piece.text), _ending(piece)), usage
+        )
+
+
+async def events(
+    generation: Generation, chunks: Chunks, options: UsageOptions
+) -> AsyncGenerator[bytes, None]:
+    """The whole stream, one item per write.
+
+    An error before the first item is raised, to become a real status; a later one is sent.
+    """
+    opened = started = False
+
+    def usage_field() -> bytes:
+        if options.in_every_chunk:
+            return b',"usage":' + _json(generation.usage.fields())
+        return b',"usage":null' if options.at_end else b""
+
+    try:
+        async with generation, aclosing(generation.batches()) as batches:
+            async for pieces in batches:
+                usage = usage_field()
+                write = [chunks.piece(piece, usage) for piece in pieces] or [KEEP_ALIVE]
+                if pieces and not opened:
+                    opened = True
+                    write[:0] = [chunks.opening(i, usage) for i in range(generation.count)]
+                started = True
+                yield b"".join(write)
+    except Exception as error:
+        if not started:
+            raise
+        yield b"data: " + from_exception(error).body() + b"\n\n" + DONE
+        return
+    yield (chunks.usage(generation.usage) if options.at_end else b"") + DONE
+
+
+class EventStream(Response):
+    """Sends the events of one answer; the status is only sent with the first of them.
+
+    A client that goes away is noticed by `edge.HangUp`, which cancels the task that runs this.
+    """
+
+    def __init__(self, items: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        self._items = items
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers(
+            {
+                "content-type": MEDIA_TYPE,
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",
+                "content-length": "0",
+                **headers,
+            }
+        )
+        del self.headers["content-length"]  # named above only to keep it from being worked out
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._items) as items:
+            first = await anext(items)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            async for item in items:
+                await send({"type": "http.response.body", "body": item, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

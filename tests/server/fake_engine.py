@@ -1,0 +1,123 @@
+"""An engine that says what a test tells it to: the fake at the seam."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.client import EngineDead, RequestFailed
+from engine.protocol import EngineInfo, EngineStats, FinishReason, TokenDelta
+from scheduler.request import InvalidRequest, Request
+
+INFO = EngineInfo(
+    model_path="",
+    architecture="FakeForCausalLM",
+    device="cpu",
+    dtype="float32",
+    vocab_size=1000,
+    max_model_len=256,
+    eos_token_ids=[0],
+    block_size=16,
+    num_blocks=64,
+    max_num_seqs=64,
+    max_num_batched_tokens=256,
+    kv_bytes_per_token=64,
+    weight_bytes=1000,
+)
+
+
+@dataclass
+class FakeEngine:
+    """Implements `engine.client.EngineClient`.
+
+    Attributes:
+        say: the tokens of answer `index` of a request, without the end-of-sequence token.
+        per_step: tokens of each answer per step.
+        step_seconds: a step takes this long; 0 still lets other tasks run.
+        admit_seconds: admission takes this long.
+        refuse: raised instead of an admission.
+        fail_after: steps after which a request fails.
+        submitted, aborted: what happened, in order.
+    """
+
+    say: Callable[[Request, int], Sequence[int]]
+    info: EngineInfo = INFO
+    per_step: int = 1
+    step_seconds: float = 0.0
+    admit_seconds: float = 0.0
+    refuse: InvalidRequest | None = None
+    fail_after: int | None = None
+    alive: bool = True
+    snapshot: EngineStats = field(default_factory=EngineStats)
+    submitted: list[Request] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    async def submit(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+        if not self.alive:
+            raise EngineDead("it died")
+        self.submitted.append(request)
+        try:
+            await asyncio.sleep(self.admit_seconds)
+        except asyncio.CancelledError:
+            self.aborted.append(request.id)
+            raise
+        if self.refuse is not None:
+            raise self.refuse
+        return self._deltas(request)
+
+    async def _deltas(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+        left = {index: list(self.say(request, index)) for index in range(request.n)}
+        made = dict.fromkeys(left, 0)
+        steps = 0
+        try:
+            while left:
+                await asyncio.sleep(self.step_seconds)
+                if request.id in self.aborted:
+                    for index in left:
+                        yield TokenDelta(request.id, index, [], "abort")
+                    return
+                if not self.alive:
+                    raise EngineDead("it died")
+                if steps == self.fail_after:
+                    raise RequestFailed("a kernel failed")
+                steps += 1
+                for index in list(left):
+                    yield self._step(request, index, left, made)
+            self.finished.append(request.id)
+        finally:
+            if left and request.id not in self.aborted:
+                self.aborted.append(request.id)
+
+    def _step(
+        self, request: Request, index: int, left: dict[int, list[int]], made: dict[int, int]
+    ) -> TokenDelta:
+        limit = request.sampling.max_tokens
+        assert limit is not None
+        room = min(self.per_step, limit - made[index])
+        tokens, rest = left[index][:room], left[index][room:]
+        reason: FinishReason | None = None
+        stop_reason = None
+        for place, token in enumerate(tokens):
+            if token in request.sampling.stop_token_ids:
+                tokens, reason, stop_reason = tokens[: place + 1], "stop", token
+                break
+        made[index] += len(tokens)
+        left[index] = rest
+        if reason is None and made[index] == limit:
+            reason = "length"
+        elif reason is None and not rest and len(tokens) < room:
+            tokens, reason = [*tokens, self.info.eos_token_ids[0]], "stop"
+        if reason is not None:
+            del left[index]
+        return TokenDelta(request.id, index, tokens, reason, stop_reason)
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return self.snapshot
+
+    async def close(self) -> None:
+        self.alive = False
