@@ -1,0 +1,123 @@
+import pytest
+
+from engine.loop import MAX_FAILED_STEPS, EngineLoop
+from engine.protocol import Abort, EngineInfo, Shutdown, StepOutput, Submit
+from paged_cache.manager import KVCacheManager
+from paged_cache.pool import BlockPool
+from scheduler.plan import StepPlan, StepResult
+from scheduler.scheduler import Scheduler
+from tests.scheduler.fake_device import FakeDevice, expected, make_request
+
+INFO = EngineInfo(
+    model_path="",
+    architecture="fake",
+    device="cpu",
+    dtype="none",
+    vocab_size=97,
+    max_model_len=256,
+    eos_token_ids=[],
+    block_size=4,
+    num_blocks=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    kv_bytes_per_token=0,
+    weight_bytes=0,
+)
+
+
+class Device(FakeDevice):
+    """Raises in the steps whose numbers are in `broken`."""
+
+    def __init__(self) -> None:
+        super().__init__(INFO.max_num_seqs, INFO.block_size)
+        self.broken: set[int] = set()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if self.steps in self.broken:
+            self.steps += 1
+            raise ValueError("a kernel failed")
+        return super().run(plan)
+
+
+def make() -> EngineLoop:
+    cache = KVCacheManager(BlockPool(INFO.num_blocks), INFO.block_size)
+    scheduler = Scheduler(cache, max_num_seqs=4, max_num_batched_tokens=32)
+    return EngineLoop(scheduler, Device(), INFO)
+
+
+class Script:
+    """An inbox whose messages arrive one batch per call, then end."""
+
+    def __init__(self, *batches):
+        self.batches = list(batches)
+
+    def drain(self, wait: bool):
+        if self.batches:
+            return self.batches.pop(0)
+        if wait:
+            raise EOFError
+        return []
+
+
+def run(loop: EngineLoop, *batches) -> list[StepOutput]:
+    outputs: list[StepOutput] = []
+    loop.run(Script(*batches), outputs.append)
+    return outputs
+
+
+def tokens_of(outputs: list[StepOutput], request_id: str) -> list[int]:
+    return [t for o in outputs for d in o.deltas if d.request_id == request_id for t in d.tokens]
+
+
+def test_serves_until_nobody_writes_any_more():
+    requests = [make_request(name, [1, 2, 3]) for name in "ab"]
+    outputs = run(make(), [Submit(requests[:1])], [Submit(requests[1:])])
+    assert [i for o in outputs for i in o.admitted] == ["a", "b"]
+    for item in requests:
+        assert tokens_of(outputs, item.id) == expected(item, 0, frozenset())
+    last = outputs[-1].stats
+    assert (last.running, last.waiting, last.blocks_used, last.blocks_total) == (0, 0, 0, 16)
+    assert (last.prompt_tokens, last.generation_tokens) == (6, 16)
+
+
+def test_one_message_per_step_carries_every_sequence():
+    requests = [make_request(name, [1, 2, 3], max_tokens=3) for name in "abc"]
+    outputs = run(make(), [Submit(requests)])
+    assert [len(o.deltas) for o in outputs] == [3, 3, 3]
+    assert {d.finish_reason for d in outputs[-1].deltas} == {"length"}
+
+
+def test_abort_is_answered_even_when_nothing_else_runs():
+    outputs = run(make(), [Submit([make_request("a", [1])])], [Abort(["a", "unknown"])])
+    assert outputs[-1].deltas[0].finish_reason == "abort"
+    assert outputs[-1].stats.blocks_used == 0
+
+
+def test_refusals_name_the_reason():
+    [output] = run(make(), [Submit([make_request("big", [1] * 60, max_tokens=10)])])
+    assert (output.refused[0].code, output.refused[0].param) == ("kv_capacity_exceeded", "prompt")
+
+
+def test_shutdown_ends_the_loop_with_work_left():
+    loop = make()
+    run(loop, [Submit([make_request("a", [1], max_tokens=50)])], [Shutdown()])
+    assert loop.scheduler.has_work
+
+
+def test_a_step_that_raises_ends_its_requests_only():
+    loop = make()
+    loop.runner.broken = {1}
+    other = make_request("late", [4, 5])
+    outputs = run(loop, [Submit([make_request("a", [1, 2])])], [], [Submit([other])])
+    assert [f.request_id for o in outputs for f in o.failed] == ["a"]
+    assert "kernel failed" not in outputs[1].failed[0].message
+    assert tokens_of(outputs, "late") == expected(other, 0, frozenset())
+    loop.scheduler.check()
+
+
+def test_a_device_that_always_fails_ends_the_engine():
+    loop = make()
+    loop.runner.broken = set(range(100))
+    batches = [[Submit([make_request(str(i), [1])])] for i in range(MAX_FAILED_STEPS)]
+    with pytest.raises(ValueError, match="kernel failed"):
+        run(loop, *batches)
