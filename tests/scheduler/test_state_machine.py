@@ -5,7 +5,14 @@ from collections import deque
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
@@ -16,11 +23,13 @@ from tests.scheduler.fake_device import FakeDevice, expected, make_request
 
 EOS = frozenset({0, 1, 2})
 STEPS = int(os.environ.get("QUIRE_TEST_STEPS", "20000"))
-STEPS_PER_RUN = 100
+STEPS_PER_RUN = 45
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Adds, aborts, plans and commits in any order, with up to two plans in flight."""
+
+    rules_run = 0
 
     @initialize(
         blocks=st.integers(2, 24),
@@ -100,6 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         if hasattr(self, "scheduler"):
+            type(self).rules_run += 1
             self.scheduler.check()
             assert self.pool.num_free + self.pool.num_used == self.pool.num_blocks
 
@@ -125,10 +135,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert answer == whole
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
-    max_examples=-(-STEPS // STEPS_PER_RUN),
-    stateful_step_count=STEPS_PER_RUN,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def test_random_histories():
+    SchedulerMachine.rules_run = 0
+    profile = settings(
+        max_examples=-(-STEPS // STEPS_PER_RUN),
+        stateful_step_count=2 * STEPS_PER_RUN,  # the most; hypothesis ends many runs earlier
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(SchedulerMachine, settings=profile)  # type: ignore[no-untyped-call]
+    assert SchedulerMachine.rules_run >= STEPS
