@@ -226,7 +226,9 @@ def sliding_windows(fields: Fields) -> tuple[int, ...]:
     Raises CheckpointError for layer types other than full and sliding attention.
     """
     layers = fields.integer("num_hidden_layers")
-    window = fields.optional("sliding_window")
+    if fields.optional("sliding_window") is None or not fields.flag("use_sliding_window", False):
+        return (0,) * layers
+    window = fields.integer("sliding_window")
     types = fields.optional("layer_types")
     if types is None:
         first = fields.integer("max_window_layers", 28)
@@ -234,8 +236,6 @@ def sliding_windows(fields: Fields) -> tuple[int, ...]:
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise CheckpointError(f"config.json: layer type {min(unknown)!r} is not supported")
-    if not window or not fields.flag("use_sliding_window", False):
-        return (0,) * layers
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.config import Fields, ModelConfig, activation, architecture, checkpoint_dtype
-from models.config import eos_token_ids as read_eos_token_ids
+from models.config import (
+    CheckpointError,
+    Fields,
+    ModelConfig,
+    activation,
+    architecture,
+    checkpoint_dtype,
+    eos_token_ids,
+)
 from models.context import ForwardContext
 from models.decoder import CausalLM
 from models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
@@ -22,6 +29,8 @@ def parse(fields: Fields) -> ModelConfig:
     fields.refuse("scale_attn_weights", True)
     hidden, heads = fields.integer("n_embd"), fields.integer("n_head")
     layers = fields.integer("n_layer")
+    if hidden % heads:
+        raise CheckpointError(f"config.json: n_embd {hidden} is not a multiple of {heads} heads")
     return ModelConfig(
         architecture=architecture(fields),
         vocab_size=fields.integer("vocab_size"),
@@ -42,7 +51,7 @@ def parse(fields: Fields) -> ModelConfig:
         qk_norm=False,
         layer_windows=(0,) * layers,
         rope_layers=(False,) * layers,
-        eos_token_ids=read_eos_token_ids(fields),
+        eos_token_ids=eos_token_ids(fields),
         dtype=checkpoint_dtype(fields),
     )
 

@@ -10,10 +10,9 @@ Model = Decoder
 def parse(fields: Fields) -> ModelConfig:
     if len(set(fields.optional("layer_types") or ())) > 1:
         raise CheckpointError("config.json: mixed layer_types are not supported for Mistral")
-    # Null switches the window off, but a config without the key means the first Mistral's window.
-    window = fields.integer("sliding_window") if fields.optional("sliding_window") else 0
-    if "sliding_window" not in fields.raw:
-        window = 4096
+    # Null switches the window off; a config without the key means the first Mistral's window.
+    off = "sliding_window" in fields.raw and fields.optional("sliding_window") is None
+    window = 0 if off else fields.integer("sliding_window", 4096)
     layers = fields.integer("num_hidden_layers")
     return llama_like(
         fields,

@@ -77,7 +77,7 @@ def _only_file(folder: Path) -> list[Path]:
             f"{folder} has PyTorch weights only ({_some(pickled)}), which are not read; {CONVERT}"
         )
     raise CheckpointError(
-        f"{folder} has no *.safetensors files; if the model has only PyTorch weights (.bin), {CONVERT}"
+        f"{folder} has no *.safetensors files; if the model has PyTorch weights only, {CONVERT}"
     )
 
 
