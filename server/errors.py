@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.client import EngineDead, RequestFailed
 from scheduler.request import InvalidRequest
-
-logger = logging.getLogger("quire.server")
 
 RETRY_AFTER_SECONDS = 5
 
@@ -77,8 +73,8 @@ def invalid(param: str | None, message: str) -> ApiError:
 
 
 def from_exception(error: Exception) -> ApiError:
-    """What a client is told about `error`. Anything unforeseen is logged and told as a plain 500:
-    a traceback never reaches a body."""
+    """What a client is told about `error`. Of anything unforeseen it learns nothing but that it
+    happened: the traceback belongs in the log."""
     match error:
         case ApiError():
             return error
@@ -87,9 +83,7 @@ def from_exception(error: Exception) -> ApiError:
         case EngineDead():
             return ApiError(
                 503,
-                f"the engine is not running: {error}"
-                if str(error)
-                else "the engine is not running",
+                "the engine is not running",
                 code="engine_dead",
                 headers={"retry-after": str(RETRY_AFTER_SECONDS), "x-should-retry": "true"},
             )
@@ -98,7 +92,6 @@ def from_exception(error: Exception) -> ApiError:
         case HTTPException():
             return _from_http(error)
         case _:
-            logger.error("unexpected error while answering", exc_info=error)
             return ApiError(500, "the server hit an unexpected error", code="internal_error")
 
 
@@ -115,26 +108,20 @@ def _from_http(error: HTTPException) -> ApiError:
 
 async def _handle(request: Request, error: Exception) -> Response:
     answer = from_exception(error)
-    if isinstance(error, HTTPException) and error.status_code in (404, 405):
-        answer.message = f"{answer.message}: {request.method} {request.url.path}"
-    response = answer.response()
-    # The outermost handler (500) sits outside the middleware that adds this header.
-    request_id = request.scope.get("state", {}).get("request_id")
-    if answer.status == 500 and request_id and not isinstance(error, ApiError | RequestFailed):
-        response.headers["x-request-id"] = request_id
+    if answer.status in (404, 405) and isinstance(error, HTTPException):
+        answer.message += f": {request.method} {request.url.path}"
+    return answer.response()
+
+
+async def _handle_unforeseen(request: Request, error: Exception) -> Response:
+    """Called outside of all other middleware, and the error goes on to the server's log."""
+    response = from_exception(error).response()
+    response.headers["x-request-id"] = request.scope["state"]["request_id"]
     return response
 
 
 def install(app: FastAPI) -> None:
     """Makes every error of `app` take the one shape."""
-    kinds: tuple[type[Exception], ...] = (
-        ApiError,
-        InvalidRequest,
-        EngineDead,
-        RequestFailed,
-        HTTPException,
-        RequestValidationError,
-        Exception,
-    )
-    for kind in kinds:
+    for kind in (ApiError, InvalidRequest, EngineDead, RequestFailed, HTTPException):
         app.add_exception_handler(kind, _handle)
+    app.add_exception_handler(Exception, _handle_unforeseen)

@@ -9,6 +9,7 @@ chunks of a response and are encoded once. The contract's fields stand in this o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import from_exception
 from server.generate import Generation, Piece, Usage
+
+logger = logging.getLogger("quire.server")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
@@ -163,7 +166,10 @@ async def events(
     except Exception as error:
         if not started:
             raise
-        yield b"data: " + from_exception(error).body() + b"\n\n" + DONE
+        told = from_exception(error)
+        if told.code == "internal_error":
+            logger.error("unexpected error in mid-stream", exc_info=error)
+        yield b"data: " + told.body() + b"\n\n" + DONE
         return
     yield (chunks.usage(generation.usage) if options.at_end else b"") + DONE
 
@@ -176,19 +182,15 @@ class EventStream(Response):
 
     def __init__(self, items: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         self._items = items
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.init_headers(
+        self.status_code, self.background = 200, None
+        self.init_headers(  # no `body`: its length is not known
             {
                 "content-type": MEDIA_TYPE,
                 "cache-control": "no-cache",
                 "x-accel-buffering": "no",
-                "content-length": "0",
                 **headers,
             }
         )
-        del self.headers["content-length"]  # named above only to keep it from being worked out
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._items) as items:
