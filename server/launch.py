@@ -24,6 +24,7 @@ from server import __version__
 from server.cli import FAILED, MISUSED, OK, reachable
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from tqdm import tqdm
 
 GRACE_SECONDS: Final = 20
@@ -157,9 +158,27 @@ async def _answer_http(
         watching.cancel()
 
 
-def build_app(settings: Settings, client: EngineClient) -> object:
-    """The HTTP application over a running engine."""
-    raise NotImplementedError
+def build_app(settings: Settings, client: EngineClient) -> FastAPI:
+    """The HTTP application over a running engine.
+
+    Raises:
+        EngineStartError: the model has no usable tokenizer.
+    """
+    from server.app import Limits, TextModel, create_app
+    from server.tokenizer import TextModelError
+
+    try:
+        text = TextModel.load(client.info.model_path)
+    except TextModelError as error:
+        raise EngineStartError(str(error), expected=True) from None
+    key, limits = settings.http.api_key, settings.limits
+    return create_app(
+        client,
+        text,
+        served_model_names=settings.model.names,
+        limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
+        api_key=key.get_secret_value() if key else None,
+    )
 
 
 def banner(settings: Settings, info: EngineInfo, address: tuple[object, ...]) -> str:
