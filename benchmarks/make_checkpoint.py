@@ -4,7 +4,7 @@
 
 The tensors are written one after the other, so that memory stays at one piece of one tensor. The
 tokenizer is a byte-level BPE of 32,000 entries built from the alphabet, not from a corpus: any
-text encodes, at roughly 2.5 characters of English per token.
+text encodes, at about two characters of English per token.
 """
 
 from __future__ import annotations

@@ -274,12 +274,13 @@ def rope_config(fields: Fields, max_positions: int, default_theta: float = 10000
         )
     for key in ("mscale", "mscale_all_dim"):
         scaling.refuse(key)
+    given = scaling.optional("attention_factor") is not None
     return RopeConfig(
         theta,
         kind,
         scaling.number("factor", max_positions / original),
         original,
-        attention_factor=scaling.optional("attention_factor"),
+        attention_factor=scaling.number("attention_factor") if given else None,
         beta_fast=scaling.number("beta_fast", 32.0),
         beta_slow=scaling.number("beta_slow", 1.0),
         truncate=scaling.flag("truncate", True),

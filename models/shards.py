@@ -98,9 +98,9 @@ def check_whole(file: Path) -> None:
         try:
             header = json.loads(stream.read(header_size))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+            expected = 8 + header_size + int(max(ends, default=0))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a safetensors file") from error
-    expected = 8 + header_size + max(ends, default=0)
     if actual < expected:
         raise CheckpointError(
             f"{file} is truncated: expected {expected} bytes, has {actual}; download it again"

@@ -102,6 +102,23 @@ def test_names_without_the_prefix(made, folder):
     assert torch.equal(logits(load(folder)), logits(load(made)))
 
 
+def test_gpt2_as_published(tmp_path, caplog):
+    """Without prefix or head, and with the causal masks that old versions saved as tensors."""
+    made = checkpoints.make("gpt2", tmp_path / "a")
+    folder = Path(shutil.copytree(made, tmp_path / "b"))
+
+    def publish(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        for layer in range(3):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8)
+            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+
+    edit_tensors(folder, publish)
+    assert torch.equal(logits(load(folder)), logits(load(made)))
+    assert not caplog.records
+
+
 def test_tied_embeddings_share_storage(tmp_path):
     folder = checkpoints.make("llama-tied", tmp_path)
     config = loader.load_config(folder)
@@ -191,6 +208,7 @@ def test_empty_weights_file(folder, content):
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n",
         struct.pack("<Q", 4) + b"{no}",
         struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 34) + b'{"a": {"data_offsets": [0, "end"]}}',
     ],
 )
 def test_not_safetensors(folder, content):

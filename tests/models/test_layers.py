@@ -1,0 +1,125 @@
+"""The parts of a decoder against plain torch, and rotary frequencies against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.config import RopeConfig
+from models.layers import HeadNorm, Linear, can_pack
+from models.registry import parse_config
+from models.rotary import Rotary, inverse_frequencies, rotate
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def filled_linear(inputs: int, outputs: tuple[int, ...], dtype: torch.dtype, bias: bool) -> Linear:
+    torch.manual_seed(inputs)
+    linear = Linear(inputs, outputs, bias=bias, dtype=dtype, device=CPU)
+    for parameter in linear.parameters():
+        parameter.normal_()
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, (96, 32, 32)), (33, (7,)), (1, (1,))])
+def test_packed_linear(inputs, outputs, bias, dtype):
+    linear = filled_linear(inputs, outputs, dtype, bias)
+    weight = linear.weight.detach().double()
+    offset = linear.bias.detach().double() if bias else None
+    packable = can_pack(linear.weight)
+    linear.pack()
+    assert (linear.weight is None) == packable
+    for rows in (0, 1, 5, 70):
+        x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]  # strided, as views are
+        expected = F.linear(x.double(), weight, offset)
+        assert linear(x).dtype == dtype
+        error = (linear(x).double() - expected).norm() / expected.norm().clamp(min=1e-9)
+        assert error < TOLERANCE[dtype]
+
+
+def test_shards_are_views_of_one_weight():
+    linear = filled_linear(8, (6, 2, 2), torch.float32, True)
+    linear.shard(1)["weight"].fill_(7.0)
+    linear.shard(2)["bias"].fill_(9.0)
+    assert linear.weight[6:8].eq(7.0).all() and not linear.weight[8:].eq(7.0).any()
+    assert linear.bias[8:].eq(9.0).all()
+    assert linear.shard(0)["weight"].shape == (6, 8)
+
+
+def test_head_norm_uses_one_weight_for_queries_and_one_for_keys():
+    norm = HeadNorm(4, 2, 16, 1e-6, dtype=torch.float32, device=CPU)
+    norm.weight.normal_()
+    norm.expand()
+    heads = torch.randn(5, 6, 16)
+    query = F.rms_norm(heads[:, :4], (16,), norm.weight[0], 1e-6)
+    key = F.rms_norm(heads[:, 4:], (16,), norm.weight[1], 1e-6)
+    torch.testing.assert_close(norm(heads), torch.cat((query, key), 1))
+
+
+def test_rotation_preserves_length_and_relative_angle():
+    rotary = Rotary(RopeConfig(10000.0), 32, 64, CPU)
+    query, key = torch.randn(1, 1, 32), torch.randn(1, 1, 32)
+
+    def score(a: int, b: int) -> float:
+        turned = [rotate(x, rotary(torch.tensor([p]))) for x, p in ((query, a), (key, b))]
+        assert turned[0].norm().item() == pytest.approx(query.norm().item(), rel=1e-5)
+        return (turned[0] * turned[1]).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(60, 56), rel=1e-3)
+    assert rotate(query, rotary(torch.tensor([0]))).equal(query)
+
+
+def test_rotation_is_computed_in_float32():
+    rotary = Rotary(RopeConfig(10000.0), 64, 4096, CPU)
+    heads = torch.randn(3, 2, 64).bfloat16()
+    rotation = rotary(torch.tensor([1, 100, 4000]))
+    exact = rotate(heads.float(), rotation)
+    assert rotate(heads, rotation).equal(exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 64.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.2,
+            "truncate": False,
+        },
+    ],
+)
+def test_frequencies(scaling):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = {
+        "vocab_size": 100,
+        "hidden_size": 4096,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "intermediate_size": 128,
+        "max_position_embeddings": 131072,
+        "rope_parameters": scaling | {"rope_theta": 500000.0},
+    }
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**fields))
+    config = parse_config(fields | {"architectures": ["LlamaForCausalLM"]})
+    frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(theirs.attention_scaling)
