@@ -261,3 +261,9 @@ def count_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def compute_capability(device: torch.device) -> int:
+    """The major compute capability of a CUDA device; 9 elsewhere (the interpreter)."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

@@ -7,8 +7,7 @@ the tile's queries times the query heads of the group:
     query       0    0    1    1    2    2
     head        0    1    0    1    0    1
 
-Context tiles that every row sees need no mask; only those that cross the diagonal, the start of
-the window or the end of the context are masked.
+Context tiles beyond the tile's last query or behind its first query's window are never read.
 """
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_tile import load_keys, load_values, tile_rows
-from kernels.paged_decode import base2_scores, dot_precision
+from kernels.paged_decode import base2_scores, compute_capability, dot_precision
 
 
 @triton.jit
@@ -63,67 +62,60 @@ def prefill_kernel(
         before = context - count  # tokens of this sequence that are older than the chunk
         positions = before + index
         last_query = tl.minimum(first_query + QUERIES, count) - 1
-        end = tl.cdiv(before + last_query + 1, TILE)
-        clear_end = tl.minimum((before + first_query + 1) // TILE, end)  # whole for every row
-        begin, clear_begin = 0, 0
+        begin, end = 0, tl.cdiv(before + last_query + 1, TILE)
         if WINDOW > 0:
             begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE
-            clear_begin = tl.cdiv(tl.maximum(before + last_query - WINDOW + 1, 0), TILE)
-            clear_begin = tl.minimum(clear_begin, end)
-            clear_end = tl.maximum(clear_end, clear_begin)
 
         table = tables + seq * max_blocks
         top = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        for phase in tl.static_range(3):  # start of the window, fully visible, diagonal
-            low, high = begin, clear_begin
-            if phase == 1:
-                low, high = clear_begin, clear_end
-            if phase == 2:
-                low, high = clear_end, end
-            for tile in range(low, high):
-                tokens = tile * TILE + tl.arange(0, TILE)
-                seen = tokens < context
-                places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-                k = load_keys(pages, places, seen, DIM, DIM_PAD, q.dtype)
-                scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
-                if phase != 1:
-                    visible = tokens[None, :] <= positions[:, None]
-                    if WINDOW > 0:
-                        visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
-                    scores = tl.where(visible, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, axis=1))
-                weights = tl.exp2(scores - new_top[:, None])
-                decay = tl.exp2(top - new_top)
-                total = total * decay + tl.sum(weights, axis=1)
-                v = load_values(pages + value_offset, places, seen, DIM, DIM_PAD, q.dtype)
-                acc = acc * decay[:, None]
-                acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
-                top = new_top
+        # One masked loop. A second one without the mask for tiles that every row sees made the
+        # code twice as long and spilled registers on sm_80 and sm_100.
+        for tile in range(begin, end):
+            tokens = tile * TILE + tl.arange(0, TILE)
+            seen = tokens < context
+            places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
+            k = load_keys(pages, places, seen, DIM, DIM_PAD, q.dtype)
+            scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+            visible = tokens[None, :] <= positions[:, None]
+            if WINDOW > 0:
+                visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+            decay = tl.exp2(top - new_top)
+            total = total * decay + tl.sum(weights, axis=1)
+            v = load_values(pages + value_offset, places, seen, DIM, DIM_PAD, q.dtype)
+            acc = acc * decay[:, None]
+            acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
+            top = new_top
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         target = out + token[:, None] * out_stride + within
         tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def prefill_shape(heads: int, kv_heads: int, head_dim: int, max_query_len: int) -> dict[str, int]:
+def prefill_shape(
+    heads: int, kv_heads: int, head_dim: int, max_query_len: int, major: int = 9
+) -> dict[str, int]:
     """The compile-time sizes and launch options of the prefill kernel.
 
-    Short chunks (decode steps, speculation) take the smallest tile that tl.dot allows, long ones
-    a tile large enough to reuse each K/V tile 64 or 128 times.
+    Short chunks (decode steps, speculation) take the smallest tile that tl.dot allows, others one
+    that reuses each K/V tile as often as registers allow: `major` is the compute capability's,
+    and tiles of 64 tokens spill on sm_80 and sm_100 but not on sm_90.
     """
     group = heads // kv_heads
     dim_pad = triton.next_power_of_2(head_dim)
-    rows = 16
-    if group * max_query_len > rows:
-        rows = 64 if group * max_query_len <= 64 or dim_pad > 128 else 128
+    short = group * max_query_len <= 16
+    rows = 16 if short else (128 if dim_pad <= 128 else 64)
+    wide = dim_pad <= 128 and (short or major == 9)
     return {
         "GROUP": group,
         "ROWS": max(rows, triton.next_power_of_2(group)),
         "DIM": head_dim,
         "DIM_PAD": dim_pad,
-        "TILE": 64 if dim_pad <= 128 else 32,
-        "num_warps": 4 if rows < 128 else 8,
+        "TILE": 64 if wide else 32,
+        "num_warps": 4 if short else 8,
         "num_stages": 2,
     }
 
@@ -144,7 +136,8 @@ def paged_prefill(
     """Ragged chunks of new tokens over their paged contexts (see `kernels.reference`)."""
     out = torch.empty_like(query) if out is None else out
     kv_heads, block_size, head_dim = pages.shape[2:]
-    shape = prefill_shape(query.shape[1], kv_heads, head_dim, max_query_len)
+    major = compute_capability(query.device)
+    shape = prefill_shape(query.shape[1], kv_heads, head_dim, max_query_len, major)
     tiles = triton.cdiv(max_query_len, shape["ROWS"] // shape["GROUP"])
     with torch.cuda.device_of(query):
         prefill_kernel[(tiles, kv_heads, len(context_lens))](

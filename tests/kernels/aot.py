@@ -1,0 +1,152 @@
+"""Compiles the Triton kernels ahead of time for GPUs that need not be there.
+
+`python -m tests.kernels.aot` prints registers and spills of every kernel, shape and target.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import paged_decode, paged_prefill, store_kv
+
+TARGETS = (80, 90, 100)
+POINTERS = {
+    **dict.fromkeys(("tables", "lens", "starts", "slots"), "*i32"),
+    **dict.fromkeys(("partial", "stats"), "*fp32"),
+}
+ALIGNED = ("value_offset", "query_stride", "out_stride", "key_stride", "value_stride")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says about one kernel: registers per thread, bytes spilled, shared bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_kernel(kernel, dtype: str, constants: dict, target: int, **options) -> Usage:
+    """Compiles one kernel with the argument types of a real launch.
+
+    Raises RuntimeError when ptxas refuses it.
+    """
+    names = kernel.arg_names
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _kind(name, dtype)
+        if signature[name].startswith("*") or name in ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return _usage(compiled.asm["ptx"], target, compiled.metadata.shared)
+
+
+def _kind(name: str, dtype: str) -> str:
+    if name in POINTERS:
+        return POINTERS[name]
+    if name in ("query", "key", "value", "pages", "out"):
+        return f"*{dtype}"
+    return {"scale": "fp32", "value_offset": "i64"}.get(name, "i32")
+
+
+def _usage(ptx: str, target: int, shared: int) -> Usage:
+    arch = re.search(r"\.target (\w+)", ptx)[1]
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = tools / ("ptxas-blackwell" if target >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tool, "-v", "--gpu-name", arch, source, "-o", Path(folder, "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    return Usage(int(re.search(r"Used (\d+) reg", done.stderr)[1]), sum(map(int, spills)), shared)
+
+
+def decode(dtype, target, heads, kv_heads, dim, block, direct=False, window=0, softcap=0.0):
+    shape = paged_decode.decode_shape(heads, kv_heads, dim)
+    constants = _constants(shape, dtype, block, window, softcap) | {"DIRECT": direct}
+    options = {"num_warps": 4, "num_stages": 2}
+    return compile_kernel(paged_decode.decode_kernel, dtype, constants, target, **options)
+
+
+def prefill(dtype, target, heads, kv_heads, dim, block, queries, window=0, softcap=0.0):
+    shape = paged_prefill.prefill_shape(heads, kv_heads, dim, queries, target // 10)
+    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+    constants = _constants(shape, dtype, block, window, softcap)
+    return compile_kernel(paged_prefill.prefill_kernel, dtype, constants, target, **options)
+
+
+def reduce(dtype, target, dim):
+    constants = {"DIM": dim, "DIM_PAD": triton.next_power_of_2(dim)}
+    constants["SPLITS"] = paged_decode.TILE_REDUCE
+    return compile_kernel(paged_decode.reduce_kernel, dtype, constants, target, num_warps=4)
+
+
+def store(dtype, target, kv_heads, dim, block):
+    constants = {"BLOCK_SIZE": block, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim)}
+    constants["HEADS_PAD"] = triton.next_power_of_2(kv_heads)
+    return compile_kernel(store_kv.store_kernel, dtype, constants, target, num_warps=4)
+
+
+def _constants(shape, dtype, block, window, softcap):
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    extra = {"BLOCK_SIZE": block, "WINDOW": window, "SOFTCAP": softcap}
+    return {**shape, **extra, "PRECISION": paged_decode.dot_precision(kind)}
+
+
+def cases(full: bool):
+    """(name, function of (dtype, target)) of each kernel shape; a covering few, or all of them."""
+    shapes = [(16, 8, 128, 16), (14, 2, 64, 64)]
+    if full:
+        shapes += [(32, 8, 128, 64), (8, 8, 128, 16), (8, 8, 64, 16), (32, 8, 80, 16)]
+        shapes += [(8, 1, 256, 16), (32, 32, 96, 16), (64, 8, 128, 16)]
+    for i, shape in enumerate(shapes):
+        for direct in (False, True) if full else (i == 1,):
+            yield f"decode direct={direct} {shape}", _case(decode, *shape, direct)
+        for queries in (1, 1024) if full else (1024 if i == 0 else 2,):
+            yield f"prefill queries={queries} {shape}", _case(prefill, *shape, queries)
+    if full:
+        for shape in shapes[:4]:
+            yield f"decode window=512 {shape}", _case(decode, *shape, False, 512)
+            yield f"prefill window=512 {shape}", _case(prefill, *shape, 1024, 512)
+        yield f"decode softcap=50 {shapes[6]}", _case(decode, *shapes[6], False, 0, 50.0)
+        yield f"prefill softcap=50 {shapes[6]}", _case(prefill, *shapes[6], 1024, 0, 50.0)
+    yield "reduce 128", _case(reduce, 128)
+    yield "store (8, 128, 16)", _case(store, 8, 128, 16)
+
+
+def _case(function, *args):
+    return lambda dtype, target: function(dtype, target, *args)
+
+
+def main() -> int:
+    """Prints the table; with --few, of the shapes that the tests cover. 1 if anything spills."""
+    few, worst = "--few" in sys.argv, 0
+    print(f"{'kernel':44} {'dtype':5} target registers spilled shared")
+    for i, (name, build) in enumerate(cases(full=not few)):
+        for dtype in ("fp16", "bf16") if not few else (("fp16", "bf16")[i % 2],):
+            for target in TARGETS:
+                use = build(dtype, target)
+                worst = max(worst, use.spilled)
+                line = f"{use.registers:9} {use.spilled:7} {use.shared:6}"
+                print(f"{name:44} {dtype:5} sm_{target:<4} {line}", flush=True)
+    return int(worst > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

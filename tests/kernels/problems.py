@@ -1,0 +1,121 @@
+"""Random paged-attention problems, and the answer computed without any paging.
+
+Every slot that no token owns holds NaN, so a kernel that lets stale memory into a result fails.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Problem:
+    """One call of an attention op, with each sequence's dense keys and values beside it."""
+
+    query: Tensor  # [tokens, heads, head_dim]
+    pages: Tensor  # [2, num_blocks, kv_heads, block_size, head_dim]
+    tables: Tensor  # [seqs, max_blocks] int32
+    lens: Tensor  # [seqs] int32
+    starts: Tensor  # [seqs + 1] int32
+    dense: list[Tensor]  # per sequence [2, context_len, kv_heads, head_dim]
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[2] ** -0.5
+
+    def to(self, device: torch.device) -> "Problem":
+        tensors = (self.query, self.pages, self.tables, self.lens, self.starts)
+        return Problem(*(tensor.to(device) for tensor in tensors), self.dense)
+
+
+def make(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    lens: list[int],
+    chunks: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Problem:
+    """A problem with shuffled blocks. Without `chunks` every sequence has one query (decode)."""
+    rng = torch.Generator().manual_seed(seed)
+    per_seq = [-(-n // block_size) for n in lens]
+    num_blocks = sum(per_seq) + 3
+    order = torch.randperm(num_blocks, generator=rng).int()
+    pages = torch.full((2, num_blocks, kv_heads, block_size, head_dim), float("nan"), dtype=dtype)
+    tables = torch.zeros(len(lens), max(1, *per_seq) + 1, dtype=torch.int32)
+    dense, used = [], 0
+    for i, (context, blocks) in enumerate(zip(lens, per_seq, strict=True)):
+        tables[i, :blocks] = order[used : used + blocks]
+        used += blocks
+        rows = torch.randn(2, context, kv_heads, head_dim, generator=rng).to(dtype)
+        for t in range(context):
+            pages[:, tables[i, t // block_size], :, t % block_size] = rows[:, t]
+        dense.append(rows)
+    counts = [1] * len(lens) if chunks is None else chunks
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    query = torch.randn(int(starts[-1]), heads, head_dim, generator=rng).to(dtype)
+    return Problem(query, pages, tables, torch.tensor(lens, dtype=torch.int32), starts, dense)
+
+
+def naive(problem: Problem, window: int = 0, softcap: float = 0.0) -> Tensor:
+    """The answer in float64, from the dense tensors."""
+    tokens, heads, head_dim = problem.query.shape
+    group = heads // problem.pages.shape[2]
+    answer = torch.zeros(tokens, heads, head_dim, dtype=torch.float64)
+    bounds = problem.starts.tolist()
+    for i, rows in enumerate(problem.dense):
+        chunk, context = slice(bounds[i], bounds[i + 1]), rows.shape[1]
+        if context == 0 or chunk.start == chunk.stop:
+            continue
+        keys, values = rows.double().repeat_interleave(group, dim=2)
+        scores = torch.einsum("qhd,thd->hqt", problem.query[chunk].double(), keys) * problem.scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        age = torch.arange(chunk.stop - chunk.start)[:, None] - torch.arange(context)[None, :]
+        age += context - (chunk.stop - chunk.start)  # position of the query minus that of the key
+        hidden = (age < 0) | (age >= (window or context))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        answer[chunk] = torch.einsum("hqt,thd->qhd", weights, values)
+    return answer
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest number of the answer; NaN counts as infinite."""
+    difference = (got.double().cpu() - want).abs().max() / want.abs().max().clamp_min(1e-9)
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+def run_decode(op, problem: Problem, **options) -> Tensor:
+    return op(
+        problem.query,
+        problem.pages,
+        problem.tables,
+        problem.lens,
+        scale=problem.scale,
+        **options,
+    )
+
+
+def run_prefill(op, problem: Problem, **options) -> Tensor:
+    return op(
+        problem.query,
+        problem.pages,
+        problem.tables,
+        problem.lens,
+        problem.starts,
+        max_query_len=int(problem.starts.diff().max()),
+        scale=problem.scale,
+        **options,
+    )
+
+
+def fused_store(kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype, seed: int = 0):
+    """Keys and values as strided views of one projection's output, [tokens, kv_heads, dim]."""
+    rng = torch.Generator().manual_seed(seed)
+    width = 4 * kv_heads
+    fused = torch.randn(tokens, width * head_dim, generator=rng).to(dtype)
+    fused = fused.view(tokens, width, head_dim)
+    return fused[:, 2 * kv_heads : 3 * kv_heads], fused[:, 3 * kv_heads :]

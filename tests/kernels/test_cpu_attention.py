@@ -1,0 +1,126 @@
+"""The Numba kernels against attention in float64 on the same inputs."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels import cpu_attention, reference
+from tests.kernels import problems
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+SHAPES = [
+    *((1, 1, 64, 16), (8, 8, 80, 16), (8, 2, 128, 64), (14, 2, 128, 16), (16, 8, 256, 32)),
+    *((4, 2, 96, 64), (32, 1, 32, 16), (4, 2, 40, 16), (3, 3, 8, 7)),
+]
+OPTIONS = [{}, {"window": 20}, {"softcap": 5.0}]
+LENS = [1, 15, 0, 16, 17, 333, 1100]
+CHUNKS = [1, 15, 0, 3, 17, 70, 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(shape, dtype):
+    problem = problems.make(*shape, LENS, dtype=dtype)
+    for options in OPTIONS:
+        got = problems.run_decode(cpu_attention.paged_decode, problem, **options)
+        assert got.dtype == dtype and not got[2].any()
+        assert problems.error(got, problems.naive(problem, **options)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill(shape, dtype):
+    problem = problems.make(*shape, LENS, CHUNKS, dtype=dtype)
+    for options in OPTIONS:
+        got = problems.run_prefill(cpu_attention.paged_prefill, problem, **options)
+        assert got.dtype == dtype
+        assert problems.error(got, problems.naive(problem, **options)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store(dtype, slots_dtype):
+    key, value = problems.fused_store(3, 80, 70, dtype)
+    slots = torch.randperm(8 * 16)[:70].to(slots_dtype)
+    slots[::7] = -1
+    got, want = (torch.zeros(2, 8, 3, 16, 80, dtype=dtype) for _ in range(2))
+    cpu_attention.store_kv(key, value, got, slots)
+    reference.store_kv(key, value, want, slots)
+    assert torch.equal(got, want)
+
+
+def test_writes_into_out_and_reads_strided_queries():
+    problem = problems.make(4, 2, 64, 16, [9, 40], [3, 5])
+    want = problems.naive(problem)
+    fused = torch.zeros(8, 8, 64)
+    fused[:, :4] = problem.query
+    problem.query = fused[:, :4]
+    out = torch.full((10, 4, 64), 7.0)
+    got = problems.run_prefill(cpu_attention.paged_prefill, problem, out=out)
+    assert got is out and (out[8:] == 7.0).all()
+    assert problems.error(out[:8], want) < 1e-5
+
+
+def test_result_depends_neither_on_the_batch_nor_on_the_threads():
+    problem = problems.make(4, 2, 64, 16, [1100, 3, 700, 90])
+    together = problems.run_decode(cpu_attention.paged_decode, problem)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for i in range(4):
+            alone = cpu_attention.paged_decode(
+                problem.query[i : i + 1],
+                problem.pages,
+                problem.tables[i : i + 1],
+                problem.lens[i : i + 1],
+                scale=problem.scale,
+            )
+            assert torch.equal(alone[0], together[i])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_concurrent_calls_and_plain_threads(monkeypatch):
+    problem = problems.make(8, 2, 64, 16, [600, 30, 1200])
+    want = problems.run_decode(cpu_attention.paged_decode, problem)
+    results = []
+
+    def work():
+        for _ in range(5):
+            results.append(problems.run_decode(cpu_attention.paged_decode, problem))
+
+    for team in (cpu_attention._openmp(), None):
+        monkeypatch.setattr(cpu_attention, "_openmp", lambda team=team: team)
+        workers = [threading.Thread(target=work) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert len(results) == 30
+    assert all(torch.equal(result, want) for result in results)
+
+
+@st.composite
+def random_problems(draw):
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    lens = draw(st.lists(st.integers(1, 200), min_size=1, max_size=4))
+    chunks = [draw(st.integers(1, n)) for n in lens]
+    head_dim = draw(st.sampled_from([8, 16, 32, 48, 64, 80]))
+    shape = (kv_heads * group, kv_heads, head_dim, draw(st.sampled_from([1, 4, 16, 24, 64])))
+    problem = problems.make(*shape, lens, chunks, seed=draw(st.integers(0, 99)))
+    return problem, {"window": draw(st.sampled_from([0, 1, 7, 64]))}
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(random_problems())
+def test_random_shapes(case):
+    problem, options = case
+    got = problems.run_prefill(cpu_attention.paged_prefill, problem, **options)
+    want = problems.run_prefill(reference.paged_prefill, problem, **options)
+    assert problems.error(got, want.double()) < 1e-5
