@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from scheduler.request import Request, SamplingParams
 
 
 def engine(path: Path, **settings: Any) -> EngineLoop:
-    """An engine on a checkpoint: float32, one thread (the test runner has the other cores)."""
-    return build(Settings.of(model=str(path), dtype="float32", cpu_threads=1, **settings))
+    """An engine on a checkpoint: float32, one thread (the test runner has the other cores).
+
+    `TEST_DEVICE=cuda` puts it on a GPU, which is how `benchmarks.gpu_check` runs the tests.
+    """
+    device = os.environ.get("TEST_DEVICE", "cpu")
+    return build(
+        Settings.of(model=str(path), dtype="float32", cpu_threads=1, device=device, **settings)
+    )
 
 
 def request(name: str, prompt: Iterable[int], **sampling: Any) -> Request:

@@ -22,7 +22,7 @@ from scheduler.scheduler import Progress, Scheduler
 from tests.scheduler.fake_device import FakeDevice, expected, make_request
 
 EOS = frozenset({0, 1, 2})
-STEPS = int(os.environ.get("QUIRE_TEST_STEPS", "20000"))
+STEPS = int(os.environ.get("TEST_STEPS", "20000"))
 STEPS_PER_RUN = 45
 
 
