@@ -9,6 +9,7 @@ HangUp      cancels the work of a client that went away
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import re
 import time
@@ -20,6 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+
+LINGER_BYTES = 32 * 2**20  # of a refused body that are thrown away before the connection closes
+LINGER_SECONDS = 5.0
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -71,7 +75,12 @@ class KeyGuard:
 
 
 class BodyLimit:
-    """Refuses bodies above `limit` bytes without reading them whole."""
+    """Refuses bodies above `limit` bytes without keeping them.
+
+    Many clients read the answer only when they have sent all they have, and closing on them would
+    reset the connection. So the refusal goes out at once, and what is still coming is thrown away
+    for a while before the connection closes.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app, self._limit = app, limit
@@ -79,20 +88,31 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._limit:
-            return await self._too_large(f"{int(declared)} bytes").response()(scope, receive, send)
         taken = 0
+        refused = False
 
         async def counted_receive() -> Message:
-            nonlocal taken
+            nonlocal taken, refused
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._limit:
+                refused = True
                 raise self._too_large(f"more than {self._limit} bytes")
             return message
 
-        await self._app(scope, counted_receive, send)
+        async def lingering_send(message: Message) -> None:
+            if refused and message["type"] == "http.response.body":
+                await send({**message, "more_body": True})
+                await _throw_away(receive)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            refused = True
+            answer = self._too_large(f"{int(declared)} bytes").response()
+            return await answer(scope, receive, lingering_send)
+        await self._app(scope, counted_receive, lingering_send)
 
     def _too_large(self, size: str) -> ApiError:
         return ApiError(
@@ -101,6 +121,18 @@ class BodyLimit:
             code="request_too_large",
             headers={"connection": "close"},
         )
+
+
+async def _throw_away(receive: Receive) -> None:
+    """Reads the rest of a body, within bounds."""
+    left = LINGER_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while left > 0:
+                message = await receive()
+                if not message.get("more_body", False):
+                    return
+                left -= len(message["body"])
 
 
 class HangUp:

@@ -38,7 +38,7 @@ class FakeEngine:
         admit_seconds: admission takes this long.
         refuse: raised instead of an admission.
         fail_after: steps after which a request fails.
-        submitted, aborted: what happened, in order.
+        submitted, aborted, finished: what happened, in order.
     """
 
     say: Callable[[Request, int], Sequence[int]]
@@ -75,7 +75,7 @@ class FakeEngine:
             while left:
                 await asyncio.sleep(self.step_seconds)
                 if request.id in self.aborted:
-                    for index in left:
+                    for index in list(left):
                         yield TokenDelta(request.id, index, [], "abort")
                     return
                 if not self.alive:
@@ -85,9 +85,10 @@ class FakeEngine:
                 steps += 1
                 for index in list(left):
                     yield self._step(request, index, left, made)
-            self.finished.append(request.id)
         finally:
-            if left and request.id not in self.aborted:
+            if not left:
+                self.finished.append(request.id)
+            elif request.id not in self.aborted:
                 self.aborted.append(request.id)
 
     def _step(

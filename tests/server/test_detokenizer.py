@@ -91,9 +91,7 @@ def characters(run: bytes) -> str:
 def test_a_broken_run_after_a_character() -> None:
     ids = [LLAMA.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in (0x41, 0xFF, 0xE2, 0x42)]
     detokenizer = LLAMA.detokenizer()
-    assert [detokenizer.push(token) for token in ids] == ["A", REPLACEMENT, REPLACEMENT] + [
-        REPLACEMENT
-    ]
+    assert [*map(detokenizer.push, ids)] == ["A", *REPLACEMENT * 3]
     assert detokenizer.push(LLAMA.tokenizer.token_to_id("b")) == "b"
 
 
@@ -138,7 +136,7 @@ def test_cost_does_not_grow_with_the_answer() -> None:
             calls.append(token)
             return byte_level_tokenizer().id_to_token(token)
 
-    detokenizer = Vocabulary(Counting()).detokenizer()  # type: ignore[arg-type]
+    detokenizer = Vocabulary(Counting()).detokenizer()
     ids = encode(BYTE_LEVEL, FAMILY)
     for token in ids * 50:
         detokenizer.push(token)

@@ -127,7 +127,7 @@ def test_every_template_ends(source: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "RENDER_SECONDS", 0.2)
     template = ChatTemplate(source, {})
     started = time.monotonic()
-    with pytest.raises(TemplateError, match="stopped|recursion"):
+    with pytest.raises(TemplateError, match=r"stopped|recursion"):
         template.render(CHAT)
     assert time.monotonic() - started < 5  # the machine may be busy; the bound is 0.2 s
 
