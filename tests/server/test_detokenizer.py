@@ -42,10 +42,10 @@ def test_increments_are_the_whole(vocabulary: Vocabulary, text: str) -> None:
 def test_no_half_character_at_any_cut(vocabulary: Vocabulary, text: str, cut: int) -> None:
     text = text.replace(REPLACEMENT, "")
     detokenizer = vocabulary.detokenizer()
-    sent = "".join(map(detokenizer.push, encode(vocabulary, text)[:cut]))
+    ids = encode(vocabulary, text)
+    sent = "".join(map(detokenizer.push, ids[:cut]))
     assert REPLACEMENT not in sent
-    # (SentencePiece's own normalization puts a space before the text and decoding takes it away.)
-    assert text.startswith(sent) or f" {text}".startswith(sent)
+    assert vocabulary.tokenizer.decode(ids).startswith(sent)
 
 
 @given(ids=st.lists(st.integers(0, 410)))
