@@ -24,6 +24,8 @@ from server.schemas import GenerationBody, Limits, parse
 from server.sse import Envelope, UsageOptions
 from server.tokenizer import TextModel
 
+MAX_ANSWERS = 10_000  # of one HTTP request: 1,000 prompts of n = 128 would stall all streams
+
 B = TypeVar("B", bound=GenerationBody)
 
 
@@ -154,7 +156,16 @@ class Service:
     def generation(
         self, http: HttpRequest, body: GenerationBody, requests: list[Request], *, continues: bool
     ) -> Generation:
-        """The running of `requests`; `continues`: see `TextOptions`."""
+        """The running of `requests`; `continues`: see `TextOptions`.
+
+        Raises:
+            ApiError: 400 for too many answers, or stop strings that are none.
+        """
+        answers = sum(request.n for request in requests)
+        if answers > MAX_ANSWERS:
+            raise invalid(
+                "n", f"n times the prompts may be at most {MAX_ANSWERS} answers, got {answers}"
+            )
         options = TextOptions(
             stops=body.stops(),
             include_stop=bool(body.include_stop_str_in_output),

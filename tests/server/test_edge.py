@@ -67,7 +67,9 @@ def test_bad_keys(value: str) -> None:
 
 
 def test_no_key_no_question() -> None:
-    assert door(says("x")).get("/v1/models").status_code == 200
+    front = door(says("x"))
+    for path in ("/v1/models", "/docs", "/openapi.json"):
+        assert front.get(path).status_code == 200
 
 
 def test_request_id_goes_out_as_it_came_in() -> None:

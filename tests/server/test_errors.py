@@ -220,6 +220,7 @@ def test_too_many(front: Door) -> None:
     chat = [{"role": "user", "content": "hi"}] * 3
     check(small.chat(messages=chat), 400, "invalid_value", "messages", "2", "3")
     check(small.complete(prompt=["a"] * 3), 400, "invalid_value", "prompt", "2", "3")
+    check(front.complete(prompt=["a"] * 100, n=128), 400, "invalid_value", "n", "10000", "12800")
     assert small.complete(prompt=[5, 6, 7]).status_code == 200
     assert small.complete(prompt=["a"] * 2).status_code == 200
 
