@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import signal
@@ -87,7 +88,9 @@ async def _serve(settings: Settings, bound: socket.socket) -> int:
     stop = _signals()
     with ProgressLines(sys.stderr) as lines:
         try:
-            client = await _unless(stop, connect(settings, lines.show))
+            # The engine process imports torch meanwhile: on two cores the HTTP stack comes free.
+            imported = asyncio.to_thread(importlib.import_module, "server.app")
+            client, _ = await _unless(stop, asyncio.gather(connect(settings, lines.show), imported))
         except Stopped:
             return OK
     try:
