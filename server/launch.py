@@ -32,7 +32,7 @@ GRACE_SECONDS: Final = 20
 """How long running answers may go on after the first signal; a second signal ends them."""
 
 T = TypeVar("T")
-_IN_BYTES: Final = ("download", "weights")
+_COUNTED: Final = ("memory", "kernels")  # phases in units of their own; the others are bytes
 
 
 class Stopped(Exception):
@@ -242,17 +242,17 @@ class ProgressLines:
         self._close()
 
     def show(self, message: Progress) -> None:
-        """Takes the next message; phases come one after another."""
+        """Takes the next message; phases come one after another. A total of 0 is not known yet."""
         if message.phase != self._phase:
             self._close()
             self._phase, self._began, self._finished = message.phase, time.monotonic(), False
             if self._terminal:
                 self._open(message)
         if self._bar is not None:
-            self._bar.total = message.total
+            self._bar.total = message.total or None
             self._bar.set_postfix_str(message.note, refresh=False)
             self._bar.update(message.done - self._bar.n)
-        elif message.done >= message.total and not self._finished:
+        elif 0 < message.total <= message.done and not self._finished:
             self._finished = True
             self._out.write(self._line(message) + "\n")
             self._out.flush()
@@ -260,12 +260,13 @@ class ProgressLines:
     def _open(self, message: Progress) -> None:
         from tqdm import tqdm
 
+        in_bytes = message.phase not in _COUNTED
         self._bar = tqdm(
-            total=message.total,
+            total=message.total or None,
             desc=message.phase,
             file=self._out,
-            unit="B" if message.phase in _IN_BYTES else "",
-            unit_scale=message.phase in _IN_BYTES,
+            unit="B" if in_bytes else "",
+            unit_scale=in_bytes,
             unit_divisor=1024,
         )
 
@@ -275,6 +276,6 @@ class ProgressLines:
             self._bar = None
 
     def _line(self, message: Progress) -> str:
-        amount = [format_bytes(message.total)] if message.phase in _IN_BYTES else []
+        amount = [format_bytes(message.total)] if message.phase not in _COUNTED else []
         told = ", ".join([*amount, *([message.note] if message.note else [])])
         return f"{message.phase}: {told} ({time.monotonic() - self._began:.1f} s)"

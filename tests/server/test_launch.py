@@ -181,7 +181,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_on_a_terminal() -> None:
     out = Terminal()
     with ProgressLines(out) as lines:
-        lines.show(Progress("download", 0, 4096))
+        lines.show(Progress("download", 0, 0))
         lines.show(Progress("download", 4096, 4096, "model.safetensors"))
         lines.show(Progress("memory", 1, 1))
     assert "download: 100%" in out.getvalue() and "4.00k/4.00k" in out.getvalue()
@@ -190,6 +190,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
 def test_progress_is_one_line_for_each_phase_elsewhere() -> None:
     out = io.StringIO()
     with ProgressLines(out) as lines:
+        lines.show(Progress("weights", 0, 0))
         for done in (0, 1024, 2048, 2048):
             lines.show(Progress("weights", done, 2048))
         lines.show(Progress("memory", 1, 1, "64 blocks"))
