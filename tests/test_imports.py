@@ -57,7 +57,7 @@ def test_imports_go_down_only(folder: str) -> None:
             assert not is_in(name, OURS) or is_in(name, allowed), f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("folder", WITHOUT_TORCH)
+@pytest.mark.parametrize("folder", sorted(WITHOUT_TORCH))
 def test_torch_stays_where_the_tensors_are(folder: str) -> None:
     for file in files(folder):
         if file not in TORCH_EXCEPTIONS:
