@@ -25,6 +25,7 @@ _FORMATS = {
     torch.bfloat16: cpu_simd.BFLOAT16,
     torch.float16: cpu_simd.FLOAT16,
 }
+WORK_PER_THREAD = 1 << 18  # numbers of K/V that are worth waking another thread, about 50 us
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -110,10 +111,11 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
         width = -(-query.shape[2] // cpu_simd.LANES) * cpu_simd.LANES + cpu_simd.LANES
         partial = torch.empty(rows, width, dtype=torch.float32)
         job["partial"] = partial.data_ptr()
-    _run(attend, job, int(job["tasks"]))
+    shares = -(-int(job["work"]) // WORK_PER_THREAD)
+    _run(attend, job, min(int(job["tasks"]), shares))
     if rows:
         job["next"] = 0
-        _run(combine, job, seqs * pages.shape[2])
+        _run(combine, job, rows * width // WORK_PER_THREAD)
     return out
 
 
@@ -148,9 +150,9 @@ def _workers():
     return tuple(_WORKER(function.address) for function in build(primitives))
 
 
-def _run(worker, job: np.ndarray, tasks: int) -> None:
-    """Runs a worker on the job with as many threads as torch uses, at most one per task."""
-    threads = min(torch.get_num_threads(), tasks)
+def _run(worker, job: np.ndarray, shares: int) -> None:
+    """Runs a worker on the job with as many threads as torch uses, at most one per share."""
+    threads = min(torch.get_num_threads(), shares)
     if threads <= 1:
         worker(job.ctypes.data)
     elif (team := _openmp()) is not None:

@@ -32,6 +32,7 @@ from kernels.cpu_simd import (
     float_pointer,
     load_row,
     multiply_tile,
+    prefetch,
     read_int32,
     row_exp2,
     row_max,
@@ -43,12 +44,13 @@ from kernels.cpu_simd import (
 )
 
 CHUNK = 512
+AHEAD = 32  # tokens between use and prefetch, which the hardware cannot guess across blocks
 FEW_ROWS = 16
 TILE_ROWS = 64
 TILE_TOKENS = 64
 
 _INTEGERS = (
-    *("address", "tasks", "rows", "seqs", "heads", "kv_heads", "head_dim", "block_size"),
+    *("address", "tasks", "rows", "work", "seqs", "heads", "kv_heads", "head_dim", "block_size"),
     *("max_blocks", "window", "query", "query_format", "query_stride", "out", "out_stride"),
     *("pages", "page_format", "values", "tables", "lens", "starts"),
     *("first_task", "first_row", "partial"),
@@ -62,7 +64,7 @@ JOB = np.dtype(
 _JOB = from_dtype(JOB)
 _WORKER = types.void(types.CPointer(_JOB))
 _helper = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-TOKENS_PER_STORE = 32
+TOKENS_PER_STORE = 128
 
 
 @_helper
@@ -151,12 +153,13 @@ def _first_chunk(job, queries, context):
 
 @_helper
 def _plan(job):
-    """Counts tasks and rows of partial results, and zeros the output of padded decode rows.
+    """Counts tasks, rows of partial results and work, and zeros the output of padded decode rows.
 
+    Work is in numbers of K/V read, plus half of that for each further query row that uses them.
     first_task and first_row get one entry per sequence and a last one with the totals.
     """
     group = job.heads // job.kv_heads
-    tasks = rows = 0
+    tasks = rows = work = 0
     for seq in range(job.seqs):
         write_int32(job.first_task, seq, tasks)
         write_int32(job.first_row, seq, rows)
@@ -165,6 +168,8 @@ def _plan(job):
             if job.starts == 0:
                 _store_zeros(job, seq)
             continue
+        seen = context - _first_seen(job, context - queries)
+        work += seen * job.kv_heads * job.head_dim * (2 + queries * group // 2)
         if queries * group <= FEW_ROWS:
             chunks = (context - 1) // CHUNK + 1 - _first_chunk(job, queries, context)
             tasks += chunks * job.kv_heads
@@ -174,7 +179,7 @@ def _plan(job):
             tasks += (queries + tile - 1) // tile * job.kv_heads
     write_int32(job.first_task, job.seqs, tasks)
     write_int32(job.first_row, job.seqs, rows)
-    job.tasks, job.rows = tasks, rows
+    job.tasks, job.rows, job.work = tasks, rows, work
 
 
 @_helper
@@ -227,6 +232,7 @@ def _few_rows(job, seq, head, chunk, queries, scores, acc, tile):
     for token in range(origin, end, LANES):
         if direct:
             fmt, keys = job.page_format, job.pages + _page(job, table, head, token) * size
+            _prefetch(job, job.pages, table, head, token + AHEAD, end)
         else:
             fmt, keys = FLOAT32, _address(tile, 0)
             _gather(job, job.pages, table, head, token, min(LANES, context - token), tile, width)
@@ -257,8 +263,9 @@ def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, 
     token = first
     while token < end:
         if direct:
-            run = min(end - token, job.block_size - token % job.block_size)
+            run = min(end - token, LANES - token % LANES)
             fmt, values = job.page_format, base + _page(job, table, head, token) * size
+            _prefetch(job, base, table, head, token + AHEAD, end)
         else:
             run = min(end - token, LANES)
             fmt, values = FLOAT32, _address(tile, 0)
@@ -266,6 +273,15 @@ def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, 
         a, c, keep = _address(scores, token - origin), _address(acc, 0), int(token > first)
         _multiply(c, width + LANES, a, CHUNK, 1, fmt, values, width, rows, width, run, keep)
         token += run
+
+
+@_helper
+def _prefetch(job, base, table, head, token, end):
+    """Brings the LANES tokens that `token` falls among into the cache."""
+    if token < end:
+        size = 4 if job.page_format == FLOAT32 else 2
+        start = base + _page(job, table, head, token // LANES * LANES) * size
+        prefetch(start, LANES * job.head_dim * size)
 
 
 @_helper

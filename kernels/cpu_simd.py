@@ -221,6 +221,24 @@ def float_pointer(typingctx, address):
 
 
 @intrinsic
+def prefetch(typingctx, address, count):
+    """Asks for `count` bytes to be brought into the L2 cache, one 64-byte line at a time."""
+
+    def codegen(context, builder, signature, args):
+        address, count = args
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, locality, data = _I32(0), _I32(2), _I32(1)
+        with cgutils.for_range(builder, builder.sdiv(count, _I64(64))) as loop:
+            line = builder.add(address, builder.mul(loop.index, _I64(64)))
+            builder.call(hint, [builder.inttoptr(line, byte), read, locality, data])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
 def copy_bytes(typingctx, target, source, count):
     """memcpy between two addresses."""
 

@@ -1,6 +1,6 @@
 """Chooses the implementation of the paged-attention ops once, by device.
 
-Triton serves GPUs, Numba CPUs, and plain torch is the oracle. The contract of the three
+Triton serves GPUs, Numba CPUs, and plain torch is the oracle. The contract of the four
 callables is documented in `kernels.reference`. Triton and Numba are imported only when chosen:
 neither is needed on a machine that does not use it.
 """
@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 _MODULES = {
-    "triton": ("kernels.store_kv", "kernels.paged_decode", "kernels.paged_prefill"),
-    "numba": ("kernels.cpu_attention",) * 3,
-    "torch": ("kernels.reference",) * 3,
+    "triton": (
+        "kernels.store_kv",
+        "kernels.paged_decode",
+        "kernels.paged_prefill",
+        "kernels.copy_blocks",
+    ),
+    # Copying is what torch does on a CPU at the speed of memory.
+    "numba": (*("kernels.cpu_attention",) * 3, "kernels.reference"),
+    "torch": ("kernels.reference",) * 4,
 }
 _BY_DEVICE = {"cuda": "triton", "cpu": "numba"}
 
@@ -28,6 +34,7 @@ class Backend:
     store_kv: Callable[..., None]
     paged_decode: Callable[..., Tensor]
     paged_prefill: Callable[..., Tensor]
+    copy_blocks: Callable[..., None]
 
 
 def backend(device: torch.device, name: str | None = None) -> Backend:
@@ -40,8 +47,10 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         raise ValueError(
             f"no attention backend {name!r} for device {str(device)!r}; known: {sorted(_MODULES)}"
         )
-    store, decode, prefill = (importlib.import_module(module) for module in _MODULES[chosen])
-    return Backend(chosen, store.store_kv, decode.paged_decode, prefill.paged_prefill)
+    store, decode, prefill, copy = map(importlib.import_module, _MODULES[chosen])
+    return Backend(
+        chosen, store.store_kv, decode.paged_decode, prefill.paged_prefill, copy.copy_blocks
+    )
 
 
 def warm_up(

@@ -129,3 +129,12 @@ def _attend(
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     mixed = torch.einsum("hgqk,hkd->qhgd", weights, values.to(work))
     return mixed.reshape(tokens, heads, head_dim).to(query.dtype)
+
+
+def copy_blocks(blocks: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies block source[i] to target[i] in every layer, in place.
+
+    blocks          [layers, 2, num_blocks, kv_heads, block_size, head_dim]
+    source, target  int64 [copies]; no block is in both
+    """
+    blocks[:, :, target] = blocks[:, :, source]

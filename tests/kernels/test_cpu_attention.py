@@ -65,7 +65,8 @@ def test_writes_into_out_and_reads_strided_queries():
     assert problems.error(out[:8], want) < 1e-5
 
 
-def test_result_depends_neither_on_the_batch_nor_on_the_threads():
+def test_result_depends_neither_on_the_batch_nor_on_the_threads(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "WORK_PER_THREAD", 1)
     problem = problems.make(4, 2, 64, 16, [1100, 3, 700, 90])
     together = problems.run_decode(cpu_attention.paged_decode, problem)
     threads = torch.get_num_threads()
@@ -90,9 +91,10 @@ def test_concurrent_calls_and_plain_threads(monkeypatch):
     results = []
 
     def work():
-        for _ in range(5):
-            results.append(problems.run_decode(cpu_attention.paged_decode, problem))
+        answers = (problems.run_decode(cpu_attention.paged_decode, problem) for _ in range(5))
+        results.extend(answers)
 
+    monkeypatch.setattr(cpu_attention, "WORK_PER_THREAD", 1)
     for team in (cpu_attention._openmp(), None):
         monkeypatch.setattr(cpu_attention, "_openmp", lambda team=team: team)
         workers = [threading.Thread(target=work) for _ in range(3)]

@@ -29,6 +29,7 @@ DECODE = [
     (14, 2, 128, 16, 11, {"softcap": 5.0}),
     (4, 2, 64, 16, 4, {"window": 200}),
     (2, 1, 256, 16, 2, {}),
+    (2, 2, 96, 64, 3, {"window": 33, "softcap": 20.0}),
 ]
 # heads, kv_heads, head_dim, block_size, chunks, options
 PREFILL = [
@@ -36,14 +37,21 @@ PREFILL = [
     (8, 2, 80, 64, CHUNKS, {"window": 20}),
     (14, 2, 128, 16, [1, 1, 0, 1, 1, 2], {"softcap": 5.0}),
     (7, 1, 64, 16, CHUNKS, {"window": 100}),
-    (2, 2, 128, 16, [1, 2, 0, 5, 9, 300], {}),
+    (2, 2, 128, 16, [1, 2, 0, 5, 9, 150], {}),
     (2, 1, 256, 64, CHUNKS, {}),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block", "splits", "options"), DECODE)
-def test_decode(heads, kv_heads, dim, block, splits, options, dtype):
+def with_dtypes(cases):
+    """Every case in every dtype on a device; interpreted, the dtypes take turns."""
+    if INTERPRETED:
+        return [(*case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(cases)]
+    return [(*case, dtype) for case in cases for dtype in DTYPES]
+
+
+@pytest.mark.parametrize("case", with_dtypes(DECODE), ids=str)
+def test_decode(case):
+    heads, kv_heads, dim, block, splits, options, dtype = case
     problem = problems.make(heads, kv_heads, dim, block, LENS, dtype=dtype)
     want = problems.naive(problem, **options)
     options = {**options, "num_splits": splits}
@@ -52,9 +60,9 @@ def test_decode(heads, kv_heads, dim, block, splits, options, dtype):
     assert not got[2].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block", "chunks", "options"), PREFILL)
-def test_prefill(heads, kv_heads, dim, block, chunks, options, dtype):
+@pytest.mark.parametrize("case", with_dtypes(PREFILL), ids=str)
+def test_prefill(case):
+    heads, kv_heads, dim, block, chunks, options, dtype = case
     problem = problems.make(heads, kv_heads, dim, block, LENS, chunks, dtype)
     got = problems.run_prefill(paged_prefill.paged_prefill, problem.to(DEVICE), **options)
     assert problems.error(got, problems.naive(problem, **options)) < TOLERANCE[dtype]
