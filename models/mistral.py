@@ -1,10 +1,6 @@
 """Mistral 7B and its kin: Llama with one sliding window for all layers, or none."""
 
 from models.config import CheckpointError, Fields, ModelConfig, llama_like
-from models.decoder import Decoder
-
-ARCHITECTURE = "MistralForCausalLM"
-Model = Decoder
 
 
 def parse(fields: Fields) -> ModelConfig:

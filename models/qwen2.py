@@ -1,10 +1,6 @@
 """Qwen 2 and 2.5: Llama with biased queries, keys and values, and windows on some layers."""
 
 from models.config import Fields, ModelConfig, llama_like, sliding_windows
-from models.decoder import Decoder
-
-ARCHITECTURE = "Qwen2ForCausalLM"
-Model = Decoder
 
 
 def parse(fields: Fields) -> ModelConfig:

@@ -1,10 +1,6 @@
 """Qwen 3: Llama with normalized queries and keys, and heads of 128 whatever the hidden size."""
 
 from models.config import Fields, ModelConfig, llama_like, sliding_windows
-from models.decoder import Decoder
-
-ARCHITECTURE = "Qwen3ForCausalLM"
-Model = Decoder
 
 
 def parse(fields: Fields) -> ModelConfig:

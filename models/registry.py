@@ -1,17 +1,43 @@
-"""Which family serves which architecture name."""
+"""Which family serves which architecture name.
+
+Nothing here imports torch before a decoder is built: a config can be read, and a model's memory
+be planned, in a fraction of the time that importing torch takes.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from models import gpt2, llama, mistral, qwen2, qwen3, smollm3
 from models.config import CheckpointError, Fields, ModelConfig, architecture
-from models.decoder import CausalLM
 
-FAMILIES: dict[str, ModuleType] = {
-    family.ARCHITECTURE: family for family in (gpt2, llama, mistral, qwen2, qwen3, smollm3)
+if TYPE_CHECKING:
+    import torch
+
+    from models.decoder import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Modules of this folder, imported when they are needed.
+
+    Attributes:
+        config: the one whose `parse` reads the family's `config.json`
+        decoder: module and class of its decoder
+    """
+
+    config: str
+    decoder: str = "decoder.Decoder"
+
+
+FAMILIES = {
+    "GPT2LMHeadModel": Family("gpt2_config", "gpt2.Model"),
+    "LlamaForCausalLM": Family("llama"),
+    "MistralForCausalLM": Family("mistral"),
+    "Qwen2ForCausalLM": Family("qwen2"),
+    "Qwen3ForCausalLM": Family("qwen3"),
+    "SmolLM3ForCausalLM": Family("smollm3"),
 }
 
 
@@ -28,15 +54,20 @@ def parse_config(raw: dict, generation: dict | None = None) -> ModelConfig:
                 f"the checkpoint is quantized ({method}), which is not supported;"
                 " use the original bfloat16 or float16 one"
             )
-    return _family(architecture(fields)).parse(fields)
+    family = _family(architecture(fields))
+    parsed: ModelConfig = import_module(f"models.{family.config}").parse(fields)
+    return parsed
 
 
 def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """The decoder of `config` with allocated, unset weights; on device "meta" without memory."""
-    return _family(config.architecture).Model(config, dtype, device)
+    module, _, name = _family(config.architecture).decoder.partition(".")
+    decoder: Any = getattr(import_module(f"models.{module}"), name)
+    made: CausalLM = decoder(config, dtype, device)
+    return made
 
 
-def _family(name: str) -> ModuleType:
+def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise CheckpointError(
             f"architecture {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"

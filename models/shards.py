@@ -6,12 +6,14 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from models.config import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONVERT = (
     "convert them with transformers: "

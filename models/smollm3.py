@@ -1,10 +1,6 @@
 """SmolLM 3: Llama in which every fourth layer leaves queries and keys unrotated."""
 
 from models.config import Fields, ModelConfig, llama_like, rope_config, sliding_windows
-from models.decoder import Decoder
-
-ARCHITECTURE = "SmolLM3ForCausalLM"
-Model = Decoder
 
 
 def parse(fields: Fields) -> ModelConfig:
