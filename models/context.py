@@ -79,33 +79,37 @@ class ForwardContext:
             [tokens, heads, head_dim]
         """
         group = self.groups[self.layer_groups[layer]]
-        pages, tables = self.pages[layer], group.block_tables
+        pages, tables, lens = self.pages[layer], group.block_tables, self.context_lens
         self.backend.store_kv(key, value, pages, group.slot_mapping)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        d = self.num_decodes
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        d, rows = self.num_decodes, query.shape[0]
+        if d == rows:  # every step of plain generation: nothing to slice
+            self._decode(query, pages, tables, lens, out, options)
+            return out
         if d:
-            self.backend.paged_decode(
-                query[:d],
-                pages,
-                tables[:d],
-                self.context_lens[:d],
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                out=out[:d],
-                max_context_len=self.max_context_len,
-            )
-        if d < query.shape[0]:
-            self.backend.paged_prefill(
-                query[d:],
-                pages,
-                tables[d:],
-                self.context_lens[d:],
-                self.query_start,
-                max_query_len=self.max_query_len,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                out=out[d:],
-            )
+            self._decode(query[:d], pages, tables[:d], lens[:d], out[:d], options)
+        self.backend.paged_prefill(
+            query[d:],
+            pages,
+            tables[d:],
+            lens[d:],
+            self.query_start,
+            max_query_len=self.max_query_len,
+            out=out[d:],
+            **options,
+        )
         return out
+
+    def _decode(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        tables: Tensor,
+        lens: Tensor,
+        out: Tensor,
+        options: dict[str, float],
+    ) -> None:
+        self.backend.paged_decode(
+            query, pages, tables, lens, max_context_len=self.max_context_len, out=out, **options
+        )

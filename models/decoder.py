@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.config import ModelConfig
 from models.context import ForwardContext
@@ -13,8 +13,10 @@ from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm
 from models.rotary import Rotary, Rotation, rotate
 
 
-class CausalLM(nn.Module):
-    """What the engine may ask of any decoder. A family gives `forward` and `checkpoint_tensors`.
+class CausalLM:
+    """What the engine may ask of any decoder.
+
+    A family gives `forward` and `checkpoint_tensors`, and extends `prepare`.
 
     `embed` holds the token table; `head` projects to the vocabulary and, with tied embeddings,
     uses the same storage (on CPUs `prepare` adds a packed copy of it).
@@ -28,7 +30,6 @@ class CausalLM(nn.Module):
     harmless = r"rotary_emb\.inv_freq$"
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        super().__init__()
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, **factory)
@@ -64,11 +65,14 @@ class CausalLM(nn.Module):
 
     def prepare(self) -> None:
         """Derives what forward needs from the loaded weights. Call it once, after loading."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-            elif isinstance(module, HeadNorm):
-                module.expand()
+        self.head.pack()
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        raise NotImplementedError
+
+    def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.forward(token_ids, ctx)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -84,10 +88,10 @@ class Decoder(CausalLM):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         super().__init__(config, dtype, device)
         self.rotary = Rotary(config.rope, config.head_dim, config.max_position_embeddings, device)
-        self.layers = nn.ModuleList(
+        self.layers = [
             DecoderLayer(config, layer, dtype=dtype, device=device)
             for layer in range(config.num_layers)
-        )
+        ]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
 
     @torch.inference_mode()
@@ -111,19 +115,23 @@ class Decoder(CausalLM):
                 tensors[f"model.layers.{index}.{name}"] = tensor
         return tensors
 
+    def prepare(self) -> None:
+        super().prepare()
+        for layer in self.layers:
+            layer.prepare()
 
-class DecoderLayer(nn.Module):
+
+class DecoderLayer:
     """Attention, then the gated MLP, each behind its norm and added to the stream."""
 
     def __init__(self, config: ModelConfig, layer: int, **factory: Any):
-        super().__init__()
         hidden = config.hidden_size
         self.attention_norm = RMSNorm(hidden, config.norm_eps, **factory)
         self.attention = Attention(config, layer, **factory)
         self.mlp_norm = RMSNorm(hidden, config.norm_eps, **factory)
         self.mlp = GatedMLP(config, **factory)
 
-    def forward(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""
         x = self.attention(self.attention_norm(x), rotation, ctx).add_(x)
         return self.mlp(self.mlp_norm(x)).add_(x)
@@ -151,15 +159,21 @@ class DecoderLayer(nn.Module):
             tensors |= {f"{name}.{part}": tensor for part, tensor in shard.items()}
         return tensors
 
+    def prepare(self) -> None:
+        attention, mlp = self.attention, self.mlp
+        for linear in (attention.qkv, attention.output, mlp.gate_up, mlp.down):
+            linear.pack()
+        if attention.head_norm is not None:
+            attention.head_norm.expand()
 
-class Attention(nn.Module):
+
+class Attention:
     """Grouped-query attention over the paged cache; one matmul for queries, keys and values.
 
     qkv row of a token  [ q0 q1 .. | k0 .. | v0 .. ]    heads of head_dim; q and k turn together
     """
 
     def __init__(self, config: ModelConfig, layer: int, **factory: Any):
-        super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, **factory)
@@ -177,30 +191,29 @@ class Attention(nn.Module):
         self.q_k = (heads, kv_heads)
         self.scale = head_dim**-0.5
 
-    def forward(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""
         tokens = x.shape[0]
-        query_key, value = self.qkv(x).view(tokens, *self.row_shape).split(self.qk_v, 1)
+        query_key, value = self.qkv(x).view(tokens, *self.row_shape).split_with_sizes(self.qk_v, 1)
         if self.head_norm is not None:
             query_key = self.head_norm(query_key)
         if self.rotated:
             query_key = rotate(query_key, rotation)
-        query, key = query_key.split(self.q_k, 1)
+        query, key = query_key.split_with_sizes(self.q_k, 1)
         out = ctx.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
         return self.output(out.view(tokens, -1))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP:
     """`down(activation(gate(x)) * up(x))`; one matmul for gate and up."""
 
     def __init__(self, config: ModelConfig, **factory: Any):
-        super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(hidden, (inner, inner), bias=bias, **factory)
         self.down = Linear(inner, (hidden,), bias=bias, **factory)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(self.activation(gate).mul_(up))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.config import ModelConfig
 from models.context import ForwardContext
@@ -24,9 +24,7 @@ class Model(CausalLM):
         hidden = config.hidden_size
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.positions = Embedding(config.max_position_embeddings, hidden, **factory)
-        self.layers = nn.ModuleList(
-            Block(config, layer, **factory) for layer in range(config.num_layers)
-        )
+        self.layers = [Block(config, layer, **factory) for layer in range(config.num_layers)]
         self.norm = LayerNorm(hidden, config.norm_eps, **factory)
 
     @torch.inference_mode()
@@ -51,12 +49,17 @@ class Model(CausalLM):
                 tensors[f"transformer.h.{index}.{name}"] = tensor
         return tensors
 
+    def prepare(self) -> None:
+        super().prepare()
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.output, layer.up, layer.down):
+                linear.pack()
 
-class Block(nn.Module):
+
+class Block:
     """Attention, then the MLP, each behind its norm and added to the stream."""
 
     def __init__(self, config: ModelConfig, layer: int, **factory: Any):
-        super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.ln_1 = LayerNorm(hidden, config.norm_eps, **factory)
         self.ln_2 = LayerNorm(hidden, config.norm_eps, **factory)
@@ -69,7 +72,7 @@ class Block(nn.Module):
         self.row_shape = (3, config.num_heads, config.head_dim)
         self.scale = config.head_dim**-0.5
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""
         tokens = x.shape[0]
         query, key, value = self.qkv(self.ln_1(x)).view(tokens, *self.row_shape).unbind(1)

@@ -1,4 +1,8 @@
-"""The parts a decoder is made of. Weights are allocated empty and filled by `models.loader`."""
+"""The parts a decoder is made of. Weights are allocated empty and filled by `models.loader`.
+
+Parts are plain objects, not `nn.Module`s: at one row, a decode step of a small model spends more
+time on calls and attribute look-ups of modules than on some of its operations.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def empty_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A frozen parameter with memory but without values."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-class Linear(nn.Module):
+class Linear:
     """`x @ weight.T + bias`, one matrix for one or several projections of the same input.
 
         weight  [ q rows | k rows | v rows ] x inputs        shard(1) is the k rows
 
-    On x86 CPUs `pack` exchanges the weight for a copy in oneDNN's blocked layout. It then no
-    longer appears among the parameters, and shards can no longer be taken. Measured on two AVX512
+    On x86 CPUs `pack` exchanges the weight for a copy in oneDNN's blocked layout. `weight`
+    is then None, and shards can no longer be taken. Measured on two AVX512
     cores against `F.linear`, float32 and bfloat16: 1.4 to 5 times faster at 1 to 16 rows, 1.2 to
     2.9 at 64, 1.04 to 1.2 at 512.
     """
@@ -35,12 +34,9 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        super().__init__()
         self.outputs = tuple(outputs)
-        self.weight: nn.Parameter | None = empty_weight(
-            sum(outputs), inputs, dtype=dtype, device=device
-        )
-        self.bias = empty_weight(sum(outputs), dtype=dtype, device=device) if bias else None
+        self.weight: Tensor | None = torch.empty(sum(outputs), inputs, dtype=dtype, device=device)
+        self.bias = torch.empty(sum(outputs), dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
 
     def shard(self, index: int) -> dict[str, Tensor]:
@@ -55,10 +51,10 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Exchanges the weight for a packed copy where that is faster; else does nothing."""
         if self.weight is not None and can_pack(self.weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.weight = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, sum(outputs)]"""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
@@ -81,32 +77,30 @@ if _packed_linear is not None:
     _packed_linear = _packed_linear.default  # resolving the overload on each call costs time
 
 
-class Embedding(nn.Module):
+class Embedding:
     """One row of `weight` [entries, size] per id."""
 
     def __init__(self, entries: int, size: int, *, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.weight = empty_weight(entries, size, dtype=dtype, device=device)
+        self.weight = torch.empty(entries, size, dtype=dtype, device=device)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, size]"""
         return F.embedding(ids, self.weight)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm:
     """Division by the root mean square, times `weight` [size]."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.weight = empty_weight(size, dtype=dtype, device=device)
+        self.weight = torch.empty(size, dtype=dtype, device=device)
         self.shape, self.eps = (size,), eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape"""
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm:
     """RMSNorm of every query and key head over head_dim: one weight for queries, one for keys."""
 
     def __init__(
@@ -119,8 +113,7 @@ class HeadNorm(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        super().__init__()
-        self.weight = empty_weight(2, head_dim, dtype=dtype, device=device)
+        self.weight = torch.empty(2, head_dim, dtype=dtype, device=device)
         self.counts = (heads, kv_heads)
         self.shape, self.eps = (head_dim,), eps
         self.per_head: Tensor | None = None
@@ -131,21 +124,20 @@ class HeadNorm(nn.Module):
         heads, kv_heads = self.counts
         self.per_head = torch.cat((query.expand(heads, -1), key.expand(kv_heads, -1)))
 
-    def forward(self, query_key: Tensor) -> Tensor:
+    def __call__(self, query_key: Tensor) -> Tensor:
         """[tokens, heads + kv_heads, head_dim] -> the same shape"""
         return F.rms_norm(query_key, self.shape, None, self.eps).mul_(self.per_head)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm:
     """Mean and variance normalization with `weight` and `bias`, both [size]."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.weight = empty_weight(size, dtype=dtype, device=device)
-        self.bias = empty_weight(size, dtype=dtype, device=device)
+        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.bias = torch.empty(size, dtype=dtype, device=device)
         self.shape, self.eps = (size,), eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape"""
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 

@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.config import RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
 
 
-class Rotary(nn.Module):
+class Rotary:
     """Tables of cos and sin for every position, float32.
 
         head  [ x0 .. x(h-1) | xh .. x(2h-1) ]      the pair (xi, x(i+h)) turns by position * f_i
 
-    The tables are [positions, head_dim / 2]; `forward` gathers a batch's rows once for all layers.
+    The tables are [positions, head_dim / 2]; a call gathers a batch's rows once for all layers.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, positions: int, device: torch.device):
-        super().__init__()
         frequencies, factor = inverse_frequencies(rope, head_dim)
         steps = torch.arange(positions, dtype=torch.float32, device=device)
         angles = torch.outer(steps, frequencies.to(device))
-        self.register_buffer("cos", angles.cos().mul_(factor), persistent=False)
-        self.register_buffer("sin", angles.sin().mul_(factor), persistent=False)
+        self.cos = angles.cos().mul_(factor)
+        self.sin = angles.sin().mul_(factor)
 
-    def forward(self, positions: Tensor) -> Rotation:
+    def __call__(self, positions: Tensor) -> Rotation:
         """int64 [tokens] -> cos and signed sin, each float32 [tokens, 1, head_dim]"""
         cos, sin = self.cos[positions], self.sin[positions]
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
@@ -39,7 +38,7 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
     Args:
         heads: [tokens, heads, head_dim], possibly a strided view
-        rotation: as `Rotary.forward` returns it
+        rotation: what a `Rotary` returns
     """
     cos, sin = rotation
     swapped = torch.roll(heads, heads.shape[-1] // 2, -1)  # the partner of every element
