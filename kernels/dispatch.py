@@ -82,9 +82,10 @@ def warm_up(
     # A short and a long context: the Triton kernels specialize on one split and on several.
     for longest in (block_size, 1 << 15):
         backend.paged_decode(query, pages, tables, lengths, max_context_len=longest, **options)
-    for chunk in (1, block_size):
+    # Likewise for chunks: the hint of 64 selects the kernel for long ones.
+    for chunk, longest in ((1, 1), (block_size, 64)):
         starts = torch.tensor([0, 1, 1 + chunk], dtype=torch.int32, device=device)
         ragged = query[:1].expand(1 + chunk, -1, -1).contiguous()
         backend.paged_prefill(
-            ragged, pages, tables, lengths, starts, max_query_len=chunk, **options
+            ragged, pages, tables, lengths, starts, max_query_len=max(chunk, longest), **options
         )

@@ -4,9 +4,9 @@ A tile is any run of token positions of one sequence and one K/V head; it may sp
 blocks or lie inside a large one. The attention kernels see numbers in their compute dtype and
 never learn how a page encodes them. A quantized format would add its scale pointers here.
 
-    pages  [2, num_blocks, kv_heads, block_size, head_dim]
-              |            row = (block * kv_heads + head) * block_size + offset
-              keys, then values `value_offset` elements later
+    keys = pages[0], values = pages[1]:  [num_blocks, kv_heads, block_size, head_dim]
+                                         |---------------- rows --------------|
+    row = (block * kv_heads + head) * block_size + offset
 """
 
 import triton
@@ -44,7 +44,7 @@ def load_values(values, rows, seen, DIM: tl.constexpr, DIM_PAD: tl.constexpr, DT
 
 @triton.jit
 def store_rows(pages, rows, numbers, keep, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Encodes numbers [rows, DIM_PAD] into the pages (or their value half) at `rows` [rows]."""
+    """Encodes numbers [rows, DIM_PAD] into the keys or the values of the pages at `rows`."""
     dims = tl.arange(0, DIM_PAD)
     place = pages + rows[:, None] * DIM + dims[None, :]
     mask = keep[:, None] & (dims < DIM)[None, :]

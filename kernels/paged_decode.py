@@ -33,17 +33,17 @@ def base2_scores(dots, scale, SOFTCAP: tl.constexpr):
         return dots * (scale * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks", "num_splits"])
 def decode_kernel(
     query,
-    pages,
+    keys,
+    values,
     tables,
     lens,
     out,
     partial,
     stats,
     scale,
-    value_offset,
     kv_heads,
     max_blocks,
     query_stride,
@@ -62,6 +62,7 @@ def decode_kernel(
 ):
     """Grid (seqs, kv_heads, num_splits).
 
+    Numbers that change from call to call are not specialized on, so that serving never compiles.
     partial [seqs, heads, num_splits, DIM] and stats [seqs, heads, num_splits, 2] (maximum, sum)
     are float32 and unused when DIRECT, which means one split that writes `out` itself.
     """
@@ -91,14 +92,14 @@ def decode_kernel(
         if WINDOW > 0:
             seen = seen & (tokens >= first)
         places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-        k = load_keys(pages, places, seen, DIM, DIM_PAD, q.dtype)
+        k = load_keys(keys, places, seen, DIM, DIM_PAD, q.dtype)
         scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, axis=1)
-        v = load_values(pages + value_offset, places, seen, DIM, DIM_PAD, q.dtype)
+        v = load_values(values, places, seen, DIM, DIM_PAD, q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
 
@@ -114,7 +115,7 @@ def decode_kernel(
         tl.store(stats + part * 2 + 1, total, mask=rows < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def reduce_kernel(
     partial,
     stats,
@@ -213,14 +214,14 @@ def paged_decode(
     with torch.cuda.device_of(query):
         decode_kernel[(seqs, kv_heads, num_splits)](
             query,
-            pages,
+            pages[0],
+            pages[1],
             block_tables,
             context_lens,
             out,
             partial,
             stats,
             scale,
-            pages.stride(0),
             kv_heads,
             block_tables.stride(0),
             query.stride(0),

@@ -19,16 +19,16 @@ from kernels.kv_tile import load_keys, load_values, tile_rows
 from kernels.paged_decode import base2_scores, compute_capability, dot_precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def prefill_kernel(
     query,
-    pages,
+    keys,
+    values,
     tables,
     lens,
     starts,
     out,
     scale,
-    value_offset,
     kv_heads,
     max_blocks,
     query_stride,
@@ -76,7 +76,7 @@ def prefill_kernel(
             tokens = tile * TILE + tl.arange(0, TILE)
             seen = tokens < context
             places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-            k = load_keys(pages, places, seen, DIM, DIM_PAD, q.dtype)
+            k = load_keys(keys, places, seen, DIM, DIM_PAD, q.dtype)
             scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
             visible = tokens[None, :] <= positions[:, None]
             if WINDOW > 0:
@@ -86,7 +86,7 @@ def prefill_kernel(
             weights = tl.exp2(scores - new_top[:, None])
             decay = tl.exp2(top - new_top)
             total = total * decay + tl.sum(weights, axis=1)
-            v = load_values(pages + value_offset, places, seen, DIM, DIM_PAD, q.dtype)
+            v = load_values(values, places, seen, DIM, DIM_PAD, q.dtype)
             acc = acc * decay[:, None]
             acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
             top = new_top
@@ -142,13 +142,13 @@ def paged_prefill(
     with torch.cuda.device_of(query):
         prefill_kernel[(tiles, kv_heads, len(context_lens))](
             query,
-            pages,
+            pages[0],
+            pages[1],
             block_tables,
             context_lens,
             query_start,
             out,
             scale,
-            pages.stride(0),
             kv_heads,
             block_tables.stride(0),
             query.stride(0),

@@ -12,9 +12,9 @@ from kernels.kv_tile import store_rows
 def store_kernel(
     key,
     value,
-    pages,
+    keys,
+    values,
     slots,
-    value_offset,
     kv_heads,
     key_stride,
     key_head_stride,
@@ -34,9 +34,9 @@ def store_kernel(
         mask = keep[:, None] & (dims < DIM)[None, :]
         rows = (slot // BLOCK_SIZE * kv_heads + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
         k = key + token * key_stride + heads[:, None] * key_head_stride + dims[None, :]
-        store_rows(pages, rows, tl.load(k, mask=mask), keep, DIM, DIM_PAD)
+        store_rows(keys, rows, tl.load(k, mask=mask), keep, DIM, DIM_PAD)
         v = value + token * value_stride + heads[:, None] * value_head_stride + dims[None, :]
-        store_rows(pages + value_offset, rows, tl.load(v, mask=mask), keep, DIM, DIM_PAD)
+        store_rows(values, rows, tl.load(v, mask=mask), keep, DIM, DIM_PAD)
 
 
 def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
@@ -48,9 +48,9 @@ def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) ->
         store_kernel[(tokens,)](
             key,
             value,
-            pages,
+            pages[0],
+            pages[1],
             slot_mapping,
-            pages.stride(0),
             kv_heads,
             key.stride(0),
             key.stride(1),

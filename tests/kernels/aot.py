@@ -22,7 +22,7 @@ POINTERS = {
     **dict.fromkeys(("tables", "lens", "starts", "slots"), "*i32"),
     **dict.fromkeys(("partial", "stats"), "*fp32"),
 }
-ALIGNED = ("value_offset", "query_stride", "out_stride", "key_stride", "value_stride")
+ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def compile_kernel(kernel, dtype: str, constants: dict, target: int, **options) 
 def _kind(name: str, dtype: str) -> str:
     if name in POINTERS:
         return POINTERS[name]
-    if name in ("query", "key", "value", "pages", "out"):
+    if name in ("query", "key", "value", "keys", "values", "out"):
         return f"*{dtype}"
-    return {"scale": "fp32", "value_offset": "i64"}.get(name, "i32")
+    return "fp32" if name == "scale" else "i32"
 
 
 def _usage(ptx: str, target: int, shared: int) -> Usage:
