@@ -162,6 +162,9 @@ class CacheSettings(Section):
             f"`gpu_memory_utilization` leaves; on a CPU {format_bytes(CPU_KV_CACHE_BYTES)}",
         ),
     ] = None
+    enable_prefix_caching: Annotated[
+        bool, Field(description="Find the KV blocks of prompts that begin alike again")
+    ] = True
     num_gpu_blocks_override: Annotated[
         Count | None,
         Field(description="KV blocks in the pool, whatever the memory; on any device"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from kernels import dispatch
 from models import loader, registry
 from models.config import CheckpointError, ModelConfig
 from models.decoder import CausalLM
-from paged_cache.layout import KVFormat, KVGroup, KVLayout
+from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
-from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan
+from scheduler.plan import Admitted, ScheduledSeq, StepPlan
 from scheduler.request import SamplingParams
 from scheduler.scheduler import Scheduler
 
@@ -97,7 +98,7 @@ def assemble(
         num_blocks=1,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        groups=(KVGroup(layers=tuple(range(model.num_layers))),),
+        groups=group_layers(model.layer_windows),
         format=KVFormat(str(dtype).removeprefix("torch.")),
     )
     layout = replace(layout, num_blocks=_num_blocks(settings, model, layout, limits, device))
@@ -106,7 +107,12 @@ def assemble(
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
     _warm_up(runner, limits)
     scheduler = Scheduler(
-        KVCacheManager(BlockPool(layout.num_blocks), layout.block_size),
+        KVCacheManager(
+            BlockPool(layout.num_blocks),
+            layout.block_size,
+            layout.windows,
+            prefix_cache=settings.cache.enable_prefix_caching,
+        ),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
@@ -164,14 +170,27 @@ def _context_length(wanted: int | None, config: ModelConfig) -> int:
 
 def _fit_context(limits: Limits, layout: KVLayout, wanted: int | None) -> Limits:
     """Without a wish of the operator's, the longest context is what the pool can hold."""
-    if limits.max_model_len <= layout.num_tokens:
+
+    def fits(length: int) -> bool:
+        chunk = limits.max_num_batched_tokens
+        return most_blocks(layout.windows, layout.block_size, length, chunk) <= layout.num_blocks
+
+    if fits(limits.max_model_len):
         return limits
+    longest = (
+        bisect.bisect_left(range(limits.max_model_len + 1), True, key=lambda n: not fits(n)) - 1
+    )
     logger.warning(
-        "the KV pool holds %d tokens, less than the context of %d",
-        layout.num_tokens,
+        "the KV pool holds %d tokens of one sequence, less than the context of %d",
+        longest,
         limits.max_model_len,
     )
-    return limits if wanted else replace(limits, max_model_len=layout.num_tokens)
+    if longest < 2 and not wanted:
+        raise StartError(
+            f"{layout.num_blocks} KV blocks hold no sequence of even 2 tokens: raise "
+            "--kv-cache-memory-bytes"
+        )
+    return limits if wanted else replace(limits, max_model_len=longest)
 
 
 # ---------------------------------------------------------------------- memory
@@ -207,7 +226,9 @@ def _num_blocks(
         pool = _free_after_profile(model, layout, limits, cache.gpu_memory_utilization, device)
     else:
         pool = CPU_KV_CACHE_BYTES
-    per_sequence = -(-limits.max_model_len // layout.block_size)
+    per_sequence = most_blocks(
+        layout.windows, layout.block_size, limits.max_model_len, limits.max_num_batched_tokens
+    )
     # More blocks than every slot at full length could use would only be memory taken from others.
     blocks = min(layout.blocks_in(pool), per_sequence * limits.max_num_seqs)
     if blocks < 1:
@@ -273,28 +294,27 @@ def _largest_step(runner: Runner, limits: Limits) -> None:
     longest = limits.max_model_len - 1
     budget = min(limits.max_num_batched_tokens, seqs * longest)
     counts = [budget // seqs + (i < budget % seqs) for i in range(seqs)]
-    runner.run(_prompts(counts, runner.inputs.block_size))
+    runner.run(_prompts(counts))
 
 
 def _warm_up(runner: Runner, limits: Limits) -> None:
     """A prompt and a few decode batches, so that the first request finds everything allocated."""
     length = min(16, limits.max_model_len - 2)
-    block_size = runner.inputs.block_size
     for seqs in sorted({1, min(4, limits.max_num_seqs), min(16, limits.max_num_seqs)}):
         if seqs * length > limits.max_num_batched_tokens:
             break
-        runner.run(_prompts([length] * seqs, block_size))
+        runner.run(_prompts([length] * seqs))
         decodes = [ScheduledSeq(slot, length, 1, True) for slot in range(seqs)]
         runner.run(StepPlan(-1, scheduled=decodes))
 
 
-def _prompts(counts: list[int], block_size: int) -> StepPlan:
-    """A plan that reads `counts[slot]` tokens into each slot, all into block 0, and samples."""
+def _prompts(counts: list[int]) -> StepPlan:
+    """A plan that reads `counts[slot]` tokens into each slot and samples. Fresh tables are all
+    zeros, so everything is written into block 0."""
     greedy = SamplingParams(temperature=0)
     items = sorted(enumerate(counts), key=lambda item: item[1] > 1)
     return StepPlan(
         -1,
         admitted=[Admitted(slot, [0] * count, greedy) for slot, count in items],
-        new_blocks=[SlotBlocks(s, 0, [0] * (-(-(n + 1) // block_size))) for s, n in items],
         scheduled=[ScheduledSeq(slot, 0, count, True) for slot, count in items],
     )

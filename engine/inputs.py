@@ -71,7 +71,7 @@ class InputBuilder:
                 starts - (ends - counts), counts, output_size=plan.num_tokens
             )
             positions = torch.arange(plan.num_tokens, device=state.device) + shift
-        blocks = state.block_tables[row_slots, positions // self.block_size]
+        places, offsets = positions // self.block_size, positions % self.block_size
         max_context_len = max(ends_host)
         width = -(-max_context_len // self.block_size)
         wanted = [row for row, item in enumerate(items) if item.wants_token]
@@ -86,11 +86,12 @@ class InputBuilder:
                 num_decodes=num_decodes,
                 max_query_len=max(counts_host),
                 max_context_len=max_context_len,
-                groups=(
+                groups=tuple(
                     GroupTables(
-                        block_tables=state.block_tables[slots, :width],
-                        slot_mapping=blocks * self.block_size + positions % self.block_size,
-                    ),
+                        block_tables=table[slots, :width],
+                        slot_mapping=table[row_slots, places] * self.block_size + offsets,
+                    )
+                    for table in state.block_tables
                 ),
                 layer_groups=self.layer_groups,
                 pages=self.pages,

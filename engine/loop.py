@@ -125,6 +125,7 @@ class EngineLoop:
                     item.tokens,
                     item.finish_reason,
                     item.stop_reason,
+                    item.seq.num_cached or 0,
                 )
             )
 
@@ -137,6 +138,11 @@ class EngineLoop:
             waiting=len(scheduler.waiting),
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_evicted=pool.num_evicted,
+            prefix_queries=scheduler.prefix.queries,
+            prefix_hits=scheduler.prefix.hits,
+            prefix_recovered=scheduler.prefix.recovered,
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,

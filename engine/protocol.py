@@ -28,6 +28,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
         finish_reason: None while the sequence goes on.
         stop_reason: the stop token id that ended it, when one of the request's own
             `stop_token_ids` did.
+        cached_tokens: prompt tokens whose KV was found in the prefix cache.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    cached_tokens: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -65,12 +67,24 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """A snapshot taken after a step. Counters count since start."""
+    """A snapshot taken after a step. Counters count since start.
+
+    Attributes:
+        blocks_used: held by running sequences.
+        blocks_cached: free, but with content that can be found again.
+        prefix_queries, prefix_hits: prompt tokens looked up and found.
+        prefix_recovered: tokens found again after a preemption, counted apart.
+    """
 
     running: int = 0
     waiting: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_evicted: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_recovered: int = 0
     preemptions: int = 0
     steps: int = 0
     prompt_tokens: int = 0

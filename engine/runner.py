@@ -10,6 +10,7 @@ from engine.state import SlotState
 from kernels.dispatch import Backend
 from models.decoder import CausalLM
 from paged_cache.layout import KVLayout
+from paged_cache.manager import BlockCopy
 from paged_cache.storage import KVStorage
 from scheduler.plan import StepPlan, StepResult
 
@@ -29,21 +30,32 @@ class Runner:
     ) -> None:
         self.model = model
         self.storage = KVStorage(layout, device)
-        self.state = SlotState(max_num_seqs, max_model_len, layout.block_size, device)
+        self.state = SlotState(
+            max_num_seqs, max_model_len, layout.block_size, device, len(layout.groups)
+        )
+        layer_groups = tuple(group for group, _ in layout.places)
         self.inputs = InputBuilder(
-            self.state, self.storage.pages, layout.layer_groups, layout.block_size, backend
+            self.state, self.storage.pages, layer_groups, layout.block_size, backend
         )
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Computes one plan and reads its sampled tokens back."""
         self.state.apply(plan)
+        if plan.copies:
+            self._copy(plan.copies)
         inputs = self.inputs.build(plan)
         hidden = self.model(inputs.token_ids, inputs.context)
         wanted = [item for item in plan.scheduled if item.wants_token]
         if not wanted:
             return StepResult(plan.id, [])
         return StepResult(plan.id, self._sample(plan, inputs, hidden))
+
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        """All copies of a step at once; no block is both read and written."""
+        source = self.state.to_device([copy.src for copy in copies], torch.int64)
+        target = self.state.to_device([copy.dst for copy in copies], torch.int64)
+        self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> list[int]:
         if inputs.sampled_rows.shape[0] != hidden.shape[0]:

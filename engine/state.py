@@ -20,20 +20,24 @@ class SlotState:
     Attributes:
         tokens: int32 [slots, max_model_len]; ids so far. The sampler writes the newest one here,
             where the next step finds it without a round trip to the host.
-        block_tables: int32 [slots, max_blocks]
+        block_tables: int32 [groups, slots, max_blocks]
         temperature, top_p, min_p: float32 [slots]; top_k: int64 [slots], 0 where off
         sampling: the same on the host, to choose the sampler's path without reading the device.
     """
 
     def __init__(
-        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        num_groups: int = 1,
     ) -> None:
         self.device = device
         self.max_blocks = -(-max_model_len // block_size)
         self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(
-            num_slots, self.max_blocks, dtype=torch.int32, device=device
-        )
+        shape = (num_groups, num_slots, self.max_blocks)
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.temperature = torch.zeros(num_slots, device=device)
         self.top_p = torch.ones(num_slots, device=device)
         self.min_p = torch.zeros(num_slots, device=device)
@@ -48,12 +52,12 @@ class SlotState:
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def apply(self, plan: StepPlan) -> None:
-        """Fills the rows of newly admitted sequences and appends the new blocks."""
+        """Fills the rows of newly admitted sequences and the table entries that changed."""
         if plan.admitted:
             self._admit(plan)
         if plan.new_blocks:
-            width = self.max_blocks
-            starts = [new.slot * width + new.first for new in plan.new_blocks]
+            _, slots, width = self.block_tables.shape
+            starts = [(n.group * slots + n.slot) * width + n.first for n in plan.new_blocks]
             self._scatter(self.block_tables, starts, [new.blocks for new in plan.new_blocks])
 
     def _admit(self, plan: StepPlan) -> None:

@@ -34,11 +34,57 @@ class KVGroup:
     window: int = 0
 
 
+def group_layers(windows: tuple[int, ...]) -> tuple[KVGroup, ...]:
+    """Cuts layers into groups of equal window and about equal size.
+
+    One pool serves all groups, and a block holds one page per layer of a group; the size of a
+    block is therefore that of the largest group. Equal sizes waste nothing:
+
+        layers     s s s s s F s s s s s F       s: window 512, F: full
+        groups     (0 1) (2 3) (4 6) (7 8) (9 10)  and  (5 11)        2 pages per block
+
+    Args:
+        windows: per layer, 0 for full attention.
+    """
+    kinds = {window: [i for i, w in enumerate(windows) if w == window] for window in set(windows)}
+    counts = [len(layers) for layers in kinds.values()]
+    smallest, largest = min(counts), max(counts)
+    # Nearly equal kinds stay whole; very unequal ones are cut into at most 8 groups each.
+    size = largest if largest <= 1.25 * smallest else max(smallest, -(-largest // 8))
+    return tuple(
+        KVGroup(tuple(layers[at : at + size]), window)
+        for window, layers in sorted(kinds.items())
+        for at in range(0, len(layers), size)
+    )
+
+
+def most_blocks(windows: tuple[int, ...], block_size: int, num_tokens: int, chunk: int) -> int:
+    """The most blocks that one sequence ever holds over all groups.
+
+    A full group holds every token; a sliding one its window, the tokens of one step, and a block
+    that both have a part of.
+
+    Args:
+        windows: per group, 0 for full attention.
+        num_tokens: length of the sequence.
+        chunk: most tokens of it that one step computes.
+    """
+
+    def blocks(tokens: int) -> int:
+        return -(-tokens // block_size)
+
+    return sum(
+        min(blocks(num_tokens), blocks(window + chunk) + 1) if window else blocks(num_tokens)
+        for window in windows
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """The shape of the whole cache, computed once at start.
 
-    The pages of one layer are [2, num_blocks, kv_heads, block_size, head_dim]: one
+    A block holds one page per layer of its group; groups of fewer layers leave the rest unused.
+    The pages of one place in a group are [2, num_blocks, kv_heads, block_size, head_dim]: one
     (block, head) tile is contiguous.
 
                head 0                 head 1
@@ -55,32 +101,44 @@ class KVLayout:
     format: KVFormat
 
     @property
-    def num_layers(self) -> int:
-        return sum(len(group.layers) for group in self.groups)
+    def pages_per_block(self) -> int:
+        """Layers of the largest group."""
+        return max(len(group.layers) for group in self.groups)
 
     @property
-    def layer_groups(self) -> tuple[int, ...]:
-        """For every layer, the index of its group."""
-        owner = {layer: i for i, group in enumerate(self.groups) for layer in group.layers}
-        return tuple(owner[layer] for layer in range(self.num_layers))
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """For every layer: its group, and its place among the pages of a block."""
+        place = {
+            layer: (g, i)
+            for g, group in enumerate(self.groups)
+            for i, layer in enumerate(group.layers)
+        }
+        return tuple(place[layer] for layer in range(len(place)))
 
     @property
-    def bytes_per_token(self) -> int:
+    def windows(self) -> tuple[int, ...]:
+        """Per group, 0 for full attention."""
+        return tuple(group.window for group in self.groups)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """K and V of one block in one layer."""
         per_head = self.format.bytes_per_head(self.head_dim)
-        return 2 * self.num_layers * self.kv_heads * per_head
+        return 2 * self.block_size * self.kv_heads * per_head
 
     @property
     def bytes_per_block(self) -> int:
-        return self.block_size * self.bytes_per_token
+        return self.pages_per_block * self.bytes_per_page
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes while every layer sees it."""
+        layers = sum(len(group.layers) for group in self.groups)
+        return layers * self.bytes_per_page // self.block_size
 
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.bytes_per_block
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that fit when every block is full."""
-        return self.num_blocks * self.block_size
 
     def blocks_in(self, num_bytes: int) -> int:
         """How many blocks of this layout fit into `num_bytes`."""

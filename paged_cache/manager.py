@@ -2,57 +2,254 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paged_cache.layout import most_blocks
 from paged_cache.pool import BlockPool
-from paged_cache.table import BlockTable
+from paged_cache.prefix import KEY_BYTES, PrefixHasher
+from paged_cache.table import GONE, BlockTable, SequenceBlocks
 
 
 @dataclass(frozen=True, slots=True)
 class NewBlocks:
-    """Blocks appended to a table: `blocks` from table index `first` on."""
+    """Entries of one group's table from index `first` on, as the device must know them."""
 
+    group: int
     first: int
     blocks: list[int]
 
 
-class KVCacheManager:
-    """Gives sequences the blocks that their next tokens need, and takes them back.
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The content of block `src` is needed in block `dst` before the step computes."""
 
-    `reserve` is all or nothing: it succeeds fully or changes nothing.
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What the device must be told after a table grew."""
+
+    new: list[NewBlocks]
+    copies: list[BlockCopy]
+
+
+class KVCacheManager:
+    """Gives sequences the blocks that their next tokens need, finds blocks that are there already,
+    and takes blocks back.
+
+    Every KV group of a sequence has a table of its own over the one pool. `start`, `fork` and
+    `grow` are all or nothing: they succeed fully or leave tables and pool as they were (but for
+    blocks behind a window, which nobody needs again).
+
+    Args:
+        windows: per KV group, how many positions its layers see; 0 is all.
+        prefix_cache: whether blocks are published and found again.
+        hash_key: secret of the prefix hashes; drawn when not given.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        windows: tuple[int, ...] = (0,),
+        *,
+        prefix_cache: bool = True,
+        hash_key: bytes | None = None,
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = pool
         self.block_size = block_size
+        self.windows = windows
+        self._hasher = PrefixHasher(hash_key or secrets.token_bytes(KEY_BYTES), block_size)
+        self._prefix_cache = prefix_cache
+        self._full = [g for g, window in enumerate(windows) if not window]
+        self._sliding = [g for g, window in enumerate(windows) if window]
+
+    # ------------------------------------------------------------------ sizes
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens of one sequence."""
+        """Blocks of one group that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
-    def fits_empty(self, num_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` could be held if it were alone."""
-        return self.blocks_for(num_tokens) <= self.pool.num_blocks
+    def most_blocks(self, num_tokens: int, chunk: int) -> int:
+        """The most blocks that a sequence of `num_tokens` tokens ever holds, when steps compute at
+        most `chunk` of them."""
+        return most_blocks(self.windows, self.block_size, num_tokens, chunk)
 
-    def reserve(self, table: BlockTable, num_tokens: int) -> NewBlocks | None:
-        """Grows `table` until it holds `num_tokens` tokens.
+    def _first_seen(self, group: int, position: int) -> int:
+        """Table index of the first block that `position` sees."""
+        window = self.windows[group]
+        return max(position - window + 1, 0) // self.block_size if window else 0
+
+    # ------------------------------------------------------------------ a sequence's life
+
+    def open(self, salt: str = "") -> SequenceBlocks:
+        """Empty tables. Sequences with different salts never share blocks by content."""
+        return SequenceBlocks(len(self.windows), self._hasher.root(salt))
+
+    def start(
+        self, seq: SequenceBlocks, tokens: Sequence[int], chunk: int
+    ) -> tuple[int, list[NewBlocks]] | None:
+        """Fills the empty tables of a sequence that begins (or begins again).
+
+        Blocks that hold a prefix of `tokens` already are shared; the last token is always left to
+        be computed, since its logits are needed. Beyond them there will be room for all of
+        `tokens` in full groups and for the first `chunk` tokens to compute in sliding ones.
 
         Returns:
-            what was appended (perhaps nothing), or None, with nothing changed, if too few blocks
-            are free.
+            (tokens found, entries of all tables), or None if too few blocks are free.
         """
-        first = len(table)
-        missing = self.blocks_for(num_tokens) - first
-        if missing <= 0:
-            return NewBlocks(first, [])
-        blocks = self.pool.take(missing)
-        if blocks is None:
+        found = self._find(seq, tokens)
+        position = found * self.block_size
+        firsts = [self._first_seen(group, position) for group in range(len(self.windows))]
+        hits = [
+            [self.pool.block_of((group, digest)) for digest in seq.chain[first:found]]
+            for group, first in enumerate(firsts)
+        ]
+        ends = [
+            len(tokens) if not window else min(position + chunk, len(tokens))
+            for window in self.windows
+        ]
+        missing = sum(self.blocks_for(end) - found for end in ends)
+        revived = sum(not self.pool.refs(block) for blocks in hits for block in blocks)
+        if missing + revived > self.pool.num_free:
             return None
-        table.append(blocks)
-        return NewBlocks(first, blocks)
+        for table, first, blocks in zip(seq.tables, firsts, hits, strict=True):
+            self._share(table, first, blocks)
+        self._append(seq, ends)
+        seq.published = found
+        return position, self.entries(seq)
 
-    def release(self, table: BlockTable) -> None:
-        """Takes every block of `table` back, tail first."""
-        self.pool.drop(table.clear())
+    def fork(self, parent: SequenceBlocks, child: SequenceBlocks, position: int) -> bool:
+        """Lets the empty `child` share the blocks in which `parent` has the positions before
+        `position`, the one that the child computes next.
+
+        Returns:
+            whether the parent still holds all that the child will see.
+        """
+        needed = self.blocks_for(position)
+        firsts = [self._first_seen(group, position) for group in range(len(self.windows))]
+        for table, first in zip(parent.tables, firsts, strict=True):
+            if table.start > first or len(table) < needed:
+                return False
+        for mine, theirs, first in zip(child.tables, parent.tables, firsts, strict=True):
+            self._share(mine, first, theirs.blocks[first:needed])
+        child.chain = parent.chain[: position // self.block_size]
+        child.published = min(parent.published, position // self.block_size)
+        return True
+
+    def grow(self, seq: SequenceBlocks, start: int, end: int) -> Grown | None:
+        """Makes room to compute positions start..end-1.
+
+        Blocks behind the window of `start` go back to the pool. A block that will be written but
+        is shared is exchanged for a copy (copy on write). Then what is missing is appended.
+
+        Returns:
+            what changed, or None if too few blocks are free.
+        """
+        for group in self._sliding:
+            self.pool.drop(seq.tables[group].trim(self._first_seen(group, start))[::-1])
+        place = start // self.block_size
+        shared = [
+            group
+            for group, table in enumerate(seq.tables)
+            if start % self.block_size
+            and place < len(table)
+            and self.pool.refs(table.blocks[place]) > 1
+        ]
+        missing = sum(max(self.blocks_for(end) - len(table), 0) for table in seq.tables)
+        if missing + len(shared) > self.pool.num_free:
+            return None
+        new, copies = [], []
+        for group in shared:
+            blocks = self.pool.take(1)
+            assert blocks is not None
+            old = seq.tables[group].blocks[place]
+            seq.tables[group].blocks[place] = blocks[0]
+            self.pool.drop([old])
+            copies.append(BlockCopy(old, blocks[0]))
+            new.append(NewBlocks(group, place, blocks))
+        return Grown(new + self._append(seq, [end] * len(seq.tables)), copies)
+
+    def publish(self, seq: SequenceBlocks, tokens: Sequence[int], num_computed: int) -> None:
+        """Lets others find the blocks that `num_computed` tokens fill. A planned step counts as
+        computed: whoever finds a block reads it in that step at the earliest, and a step stores
+        the keys and values of a layer before that layer attends."""
+        if not self._prefix_cache:
+            return
+        full = min(num_computed, len(tokens)) // self.block_size
+        if full <= seq.published:
+            return
+        self._hasher.extend(seq.root, seq.chain, tokens, full)
+        for group, table in enumerate(seq.tables):
+            for place in range(max(seq.published, table.start), full):
+                block = table.blocks[place]
+                if self.pool.key(block) is None:
+                    self.pool.publish(block, (group, seq.chain[place]))
+        seq.published = full
+
+    def entries(self, seq: SequenceBlocks) -> list[NewBlocks]:
+        """The entries of every table that hold a block."""
+        return [
+            NewBlocks(group, table.start, table.held)
+            for group, table in enumerate(seq.tables)
+            if len(table) > table.start
+        ]
+
+    def release(self, seq: SequenceBlocks) -> None:
+        """Takes every block of a sequence back, tail first. Its hashes stay known."""
+        for table in seq.tables:
+            self.pool.drop(table.clear())
+        seq.published = 0
+
+    # ------------------------------------------------------------------ inside
+
+    def _find(self, seq: SequenceBlocks, tokens: Sequence[int]) -> int:
+        """Most blocks from the start of `tokens` whose content the pool has, in every group as far
+        as the next position sees them; the last token is left out."""
+        if not self._prefix_cache:
+            return 0
+        found = (len(tokens) - 1) // self.block_size
+        self._hasher.extend(seq.root, seq.chain, tokens, found)
+        holds, chain = self.pool.holds, seq.chain
+        for group in self._full:
+            cached = 0
+            while cached < found and holds((group, chain[cached])):
+                cached += 1
+            found = cached
+        # A sliding group needs only what the next position sees; where a block of that is missing,
+        # the prefix can end at it at the latest. Repeat until all groups agree.
+        agreed = False
+        while not agreed:
+            agreed = True
+            for group in self._sliding:
+                first = self._first_seen(group, found * self.block_size)
+                for place in range(found - 1, first - 1, -1):
+                    if not holds((group, chain[place])):
+                        found, agreed = place, False
+                        break
+        return found
+
+    def _share(self, table: BlockTable, first: int, blocks: list[int]) -> None:
+        """Fills an empty table with blocks that others hold or held, from table index `first`."""
+        self.pool.share(blocks)
+        table.append([GONE] * first + blocks)
+        table.start = first
+
+    def _append(self, seq: SequenceBlocks, ends: list[int]) -> list[NewBlocks]:
+        """Lengthens each group's table to hold ends[group] tokens; the caller knows that there are
+        enough free blocks."""
+        new = []
+        for group, (table, end) in enumerate(zip(seq.tables, ends, strict=True)):
+            missing = self.blocks_for(end) - len(table)
+            if missing > 0:
+                blocks = self.pool.take(missing)
+                assert blocks is not None
+                new.append(NewBlocks(group, len(table), blocks))
+                table.append(blocks)
+        return new

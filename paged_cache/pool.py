@@ -1,22 +1,32 @@
-"""The block pool: which KV blocks are free, and how many tables use each of the others."""
+"""The block pool: which KV blocks are free, how often the others are used, and what they hold."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
 
+Key = tuple[int, bytes]
+"""What a full block holds: its KV group, and the chained hash of all tokens up to its end."""
+
 
 class BlockPool:
-    """Reference counts over block ids 0..num_blocks-1. Knows nothing of sequences or tensors.
+    """Reference counts over block ids 0..num_blocks-1, and an index from content to block.
 
-    Invariant: a block is in the free list exactly when its count is 0, and
-    `num_free + num_used == num_blocks`. The free list is kept in the order in which blocks became
-    free, oldest first, and blocks are taken from that end: it is the LRU list of a cache that
-    finds blocks again while they are free.
+    Invariants: a block is in the free list exactly when its count is 0; `num_free + num_used ==
+    num_blocks`; a block has at most one key, and a key at most one block.
+
+    The free list is the LRU list of the prefix cache. A block that becomes free keeps its key and
+    content and joins the end; one that holds nothing to be found again joins the front. Blocks are
+    taken from the front, which is where a cached one is evicted; a hit takes it out of the middle.
 
         refs       2   0   1   0   0   1
         block      0   1   2   3   4   5
-        free list  4 -> 1 -> 3         (4 has been free the longest and is taken next)
+        key        a   b   c   -   d   -
+        free list  3 -> 4 -> 1              (3 holds nothing; 4 is evicted before 1)
+
+    Attributes:
+        num_evicted: blocks whose content was given up for another, since start.
+        num_cached: free blocks whose content can still be found.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -24,6 +34,9 @@ class BlockPool:
             raise ValueError(f"a pool needs at least one block, got {num_blocks}")
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._key_of: dict[int, Key] = {}
+        self._block_of: dict[Key, int] = {}
+        self.num_evicted = self.num_cached = 0
 
     @property
     def num_blocks(self) -> int:
@@ -42,32 +55,76 @@ class BlockPool:
         return self._refs[block]
 
     def take(self, count: int) -> list[int] | None:
-        """`count` free blocks, each now used once; None, and nothing changed, if fewer are free."""
+        """`count` free blocks, each now used once; None, and nothing changed, if fewer are free.
+        What they held is forgotten."""
         if count > len(self._free):
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._refs[block] = 1
+            if block in self._key_of:
+                self._forget(block)
+                self.num_cached -= 1
+                self.num_evicted += 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Counts one more use of each of `blocks`, all of which are in use."""
+        """Counts one more use of each of `blocks`, which are in use or cached."""
         for block in blocks:
             if not self._refs[block]:
-                raise ValueError(f"block {block} is free: it cannot be shared")
+                if block not in self._key_of:
+                    raise ValueError(f"block {block} is free and holds nothing to share")
+                del self._free[block]
+                self.num_cached -= 1
             self._refs[block] += 1
 
     def drop(self, blocks: Iterable[int]) -> None:
-        """Counts one use less of each of `blocks`; at zero one joins the end of the free list."""
+        """Counts one use less of each of `blocks`; at zero a block is free."""
         for block in blocks:
             if not self._refs[block]:
                 raise ValueError(f"block {block} is free already: it cannot be dropped")
             self._refs[block] -= 1
             if not self._refs[block]:
                 self._free[block] = None
+                if block in self._key_of:
+                    self.num_cached += 1
+                else:
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, key: Key) -> None:
+        """From now on `block_of(key)` finds `block`, which is in use. Where another block holds the
+        same content already, that one stays the one to be found."""
+        if not self._refs[block] or block in self._key_of:
+            raise ValueError(f"block {block} is free or published already")
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def holds(self, key: Key) -> bool:
+        """Whether a block with this content can be found."""
+        return key in self._block_of
+
+    def block_of(self, key: Key) -> int:
+        """The block with this content, used or free. KeyError if there is none."""
+        return self._block_of[key]
+
+    def key(self, block: int) -> Key | None:
+        """What `block` is found by."""
+        return self._key_of.get(block)
+
+    def forget_all(self) -> None:
+        """Nothing is found any more: for when the content of blocks is in doubt."""
+        self._key_of.clear()
+        self._block_of.clear()
+        self.num_cached = 0
+
+    def _forget(self, block: int) -> None:
+        del self._block_of[self._key_of.pop(block)]
 
     def check(self) -> None:
-        """Raises AssertionError where the invariant does not hold; O(num_blocks)."""
+        """Raises AssertionError where an invariant does not hold; O(num_blocks)."""
         assert all(refs >= 0 for refs in self._refs), "negative reference count"
         free = {block for block, refs in enumerate(self._refs) if refs == 0}
         assert free == self._free.keys(), "the free list and the reference counts disagree"
+        assert {b: k for k, b in self._block_of.items()} == self._key_of, "index not one to one"
+        assert self.num_cached == len(free & self._key_of.keys()), "cached blocks miscounted"

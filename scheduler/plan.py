@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from paged_cache.manager import BlockCopy
 from scheduler.request import SamplingParams
 
 
@@ -18,9 +19,10 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class SlotBlocks:
-    """Blocks appended to the block table of `slot`, from table index `first` on."""
+    """Entries of the block table of `slot` in KV group `group`, from table index `first` on."""
 
     slot: int
+    group: int
     first: int
     blocks: list[int]
 
@@ -43,8 +45,8 @@ class ScheduledSeq:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. Applied in this order: admitted, new_blocks, then scheduled is computed.
-    In `scheduled`, sequences with one token come before those with more.
+    """One forward pass. Applied in this order: admitted, new_blocks, copies (all at once), then
+    scheduled is computed. In `scheduled`, sequences with one token come before those with more.
 
     Last tokens live on the device by slot, so a plan can be launched before the results of the
     one before it were read back.
@@ -53,6 +55,7 @@ class StepPlan:
     id: int
     admitted: list[Admitted] = field(default_factory=list)
     new_blocks: list[SlotBlocks] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
     scheduled: list[ScheduledSeq] = field(default_factory=list)
 
     @property

@@ -90,6 +90,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: the prompt's token ids, at least one.
         sampling: how to continue it. Its seed is never None here (see `build`).
         n: how many answers, each its own sequence with index 0..n-1.
+        cache_salt: requests with different salts never share cached blocks.
         arrival: `time.monotonic()` when the front door took the request.
     """
 
@@ -97,6 +98,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     n: int = 1
+    cache_salt: str = ""
     arrival: float = 0.0
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ def build(
     max_model_len: int,
     seed: int,
     n: int = 1,
+    cache_salt: str = "",
     param: str = "prompt",
 ) -> Request:
     """The one door: a validated `Request` or an `InvalidRequest`.
@@ -147,5 +150,10 @@ def build(
     if changes:
         sampling = msgspec.structs.replace(sampling, **changes)
     return Request(
-        id=request_id, prompt_ids=prompt_ids, sampling=sampling, n=n, arrival=time.monotonic()
+        id=request_id,
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        n=n,
+        cache_salt=cache_salt,
+        arrival=time.monotonic(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from paged_cache.manager import KVCacheManager
+from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
 from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import InvalidRequest, Request
@@ -47,6 +47,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.num_preemptions = 0
+        self.prefix = PrefixCounts()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._requests: dict[str, list[Sequence]] = {}
@@ -72,17 +73,19 @@ class Scheduler:
             raise InvalidRequest(f"request id {request.id!r} is in use", "id")
         # The last token of an answer is never read back by attention, so it needs no room.
         length = len(request.prompt_ids) + (request.sampling.max_tokens or 1) - 1
-        if not self.cache.fits_empty(length):
+        needed = self.cache.most_blocks(length, self.max_num_batched_tokens)
+        if needed > self.cache.pool.num_blocks:
             raise InvalidRequest(
-                f"the request needs {self.cache.blocks_for(length)} KV blocks of "
-                f"{self.cache.block_size} tokens, but the pool has {self.cache.pool.num_blocks}: "
-                "shorten the prompt or max_tokens",
+                f"the request needs {needed} KV blocks of {self.cache.block_size} tokens, but the "
+                f"pool has {self.cache.pool.num_blocks}: shorten the prompt or max_tokens",
                 "prompt",
                 "kv_capacity_exceeded",
             )
-        seqs = []
+        seqs: list[Sequence] = []
         for index in range(request.n):
-            seqs.append(Sequence(request, index, self._next_order))
+            blocks = self.cache.open(request.cache_salt)
+            leader = seqs[0] if seqs else None
+            seqs.append(Sequence(request, index, self._next_order, blocks, leader))
             self._next_order += 1
         self._requests[request.id] = seqs
         self.waiting.extend(seqs)
@@ -107,6 +110,9 @@ class Scheduler:
                 break
             if seq.status is Status.RUNNING:  # it may have been preempted for one before it
                 self._give(step, seq)
+        # From here on nobody is preempted in this step: what it computes can be found by others.
+        for seq, share in step.chosen.items():
+            self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
         if not step.preempted:
             self._admit(step)
         self._close(step)
@@ -115,37 +121,86 @@ class Scheduler:
     def _give(self, step: _Step, seq: Sequence) -> None:
         """Gives `seq` tokens of this step, preempting newer sequences while blocks are missing."""
         count = min(seq.todo, step.budget)
-        while (new := self.cache.reserve(seq.table, seq.num_computed + count)) is None:
+        start = seq.num_computed
+        while (grown := self.cache.grow(seq.blocks, start, start + count)) is None:
             victim = self.running[-1]
             step.withdraw(victim)
             self._preempt(victim)
             step.preempted = True
             if victim is seq:
                 return
-        step.add(seq, count, SlotBlocks(seq.slot, new.first, new.blocks))
+        step.choose(seq, _Share(count, grown.new, grown.copies))
 
     def _admit(self, step: _Step) -> None:
         """Starts waiting sequences, oldest first, until a budget ends. A sequence gets the blocks
-        of its whole prompt at once, so that chunks of a started prompt never wait for blocks."""
+        of its whole prompt at once, so that chunks of a started prompt hardly wait for blocks."""
         while self.waiting and step.budget and self._free_slots:
             seq = self.waiting[0]
-            new = self.cache.reserve(seq.table, len(seq.tokens))
-            if new is None:
+            share = None if self._waits_for_leader(seq) else self._enter(seq, step.budget)
+            if share is None:
                 return
             self.waiting.popleft()
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
             self.running.append(seq)
             step.plan.admitted.append(Admitted(seq.slot, seq.tokens[:], seq.request.sampling))
-            blocks = SlotBlocks(seq.slot, new.first, new.blocks)
-            step.add(seq, min(seq.todo, step.budget), blocks)
+            step.choose(seq, share)
+            self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
+
+    def _waits_for_leader(self, seq: Sequence) -> bool:
+        """Whether the prompt of `seq` is being computed by another answer of its request."""
+        leader = seq.leader
+        return (
+            leader is not None
+            and leader.status is Status.RUNNING
+            and leader.num_computed < leader.num_prompt
+        )
+
+    def _enter(self, seq: Sequence, budget: int) -> _Share | None:
+        """Blocks for a waiting sequence: those of its leader, those that are found by content, and
+        new ones. None if too few are free."""
+        forked = self._fork(seq)
+        if forked is not None:
+            return forked
+        started = self.cache.start(seq.blocks, seq.tokens, budget)
+        if started is None:
+            return None
+        found, new = started
+        self._count_found(seq, found)
+        seq.num_computed = found
+        return _Share(min(seq.todo, budget), new, [])
+
+    def _fork(self, seq: Sequence) -> _Share | None:
+        """Lets `seq` begin from the blocks of its leader, whose prompt is computed. The prompt's
+        last token is computed again for its logits, in a copy of the block that it lies in."""
+        leader, last = seq.leader, seq.num_prompt - 1
+        if leader is None or leader.status is not Status.RUNNING or seq.num_generated:
+            return None
+        if not self.cache.fork(leader.blocks, seq.blocks, last):
+            return None
+        grown = self.cache.grow(seq.blocks, last, last + 1)
+        if grown is None:
+            self.cache.release(seq.blocks)
+            return None
+        seq.num_computed = last
+        seq.num_cached = 0 if seq.num_cached is None else seq.num_cached
+        return _Share(1, self.cache.entries(seq.blocks), grown.copies)
+
+    def _count_found(self, seq: Sequence, found: int) -> None:
+        """Hits of clients and hits after a preemption are told apart."""
+        if seq.num_cached is None:
+            seq.num_cached = found
+            self.prefix.queries += len(seq.tokens)
+            self.prefix.hits += found
+        else:
+            self.prefix.recovered += found
 
     def _close(self, step: _Step) -> None:
         """Writes the chosen sequences into the plan, single tokens first, and counts their tokens
         as computed."""
-        sampled = []
-        for seq, (count, blocks) in sorted(step.chosen.items(), key=lambda item: item[1][0] > 1):
+        plan, sampled = step.plan, []
+        for seq, share in sorted(step.chosen.items(), key=lambda item: item[1].count > 1):
             start = seq.num_computed
-            seq.num_computed += count
+            seq.num_computed += share.count
             wants_token = seq.todo == 0
             number = 0.0
             if wants_token:
@@ -154,10 +209,12 @@ class Scheduler:
                     number = uniform(sampling.seed or 0, seq.index, seq.num_generated)
                 seq.in_flight += 1
                 sampled.append(seq)
-            step.plan.scheduled.append(ScheduledSeq(seq.slot, start, count, wants_token, number))
-            if blocks.blocks:
-                step.plan.new_blocks.append(blocks)
-        self._planned[step.plan.id] = sampled
+            plan.scheduled.append(ScheduledSeq(seq.slot, start, share.count, wants_token, number))
+            plan.copies.extend(share.copies)
+            plan.new_blocks.extend(
+                SlotBlocks(seq.slot, new.group, new.first, new.blocks) for new in share.new
+            )
+        self._planned[plan.id] = sampled
 
     def commit(self, result: StepResult) -> list[Progress]:
         """Takes the tokens of a plan in. Sequences that ended since it was made are passed over."""
@@ -181,6 +238,7 @@ class Scheduler:
         """
         slots = {item.slot for item in plan.scheduled}
         self._planned.pop(plan.id, None)
+        self.cache.pool.forget_all()  # what the step should have written may not be there
         failed = list(dict.fromkeys(s.request.id for s in self.running if s.slot in slots))
         for request_id in failed:
             self.abort(request_id)
@@ -210,7 +268,7 @@ class Scheduler:
             del self._requests[seq.request.id]
 
     def _vacate(self, seq: Sequence) -> None:
-        self.cache.release(seq.table)
+        self.cache.release(seq.blocks)
         self._free_slots.append(seq.slot)
         seq.slot = NO_SLOT
 
@@ -219,13 +277,33 @@ class Scheduler:
         self.cache.pool.check()
         counts: dict[int, int] = {}
         for seq in self.running:
-            for block in seq.table.blocks:
-                counts[block] = counts.get(block, 0) + 1
+            for table in seq.blocks.tables:
+                for block in table.held:
+                    counts[block] = counts.get(block, 0) + 1
         pool = self.cache.pool
         assert counts == {b: pool.refs(b) for b in range(pool.num_blocks) if pool.refs(b)}
-        assert all(not seq.table.blocks for seq in self.waiting), "a waiting sequence holds blocks"
+        holds = [table.blocks for seq in self.waiting for table in seq.blocks.tables]
+        assert not any(holds), "a waiting sequence holds blocks"
         orders = [seq.order for seq in [*self.running, *self.waiting]]
         assert orders == sorted(orders), "a newer sequence stands before an older one"
+
+
+@dataclass(slots=True)
+class PrefixCounts:
+    """Tokens, since start. What is found again after a preemption is no client's hit."""
+
+    queries: int = 0
+    hits: int = 0
+    recovered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one sequence gets of a step."""
+
+    count: int
+    new: list[NewBlocks]
+    copies: list[BlockCopy]
 
 
 class _Step:
@@ -234,14 +312,15 @@ class _Step:
     def __init__(self, plan: StepPlan, budget: int) -> None:
         self.plan = plan
         self.budget = budget
-        self.chosen: dict[Sequence, tuple[int, SlotBlocks]] = {}
+        self.chosen: dict[Sequence, _Share] = {}
         self.preempted = False
 
-    def add(self, seq: Sequence, count: int, blocks: SlotBlocks) -> None:
-        self.chosen[seq] = (count, blocks)
-        self.budget -= count
+    def choose(self, seq: Sequence, share: _Share) -> None:
+        self.chosen[seq] = share
+        self.budget -= share.count
 
     def withdraw(self, seq: Sequence) -> None:
         """Takes back what `seq` was given in this step, if anything."""
-        count, _ = self.chosen.pop(seq, (0, None))
-        self.budget += count
+        share = self.chosen.pop(seq, None)
+        if share is not None:
+            self.budget += share.count

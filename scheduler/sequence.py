@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from paged_cache.table import BlockTable
+from paged_cache.table import SequenceBlocks
 from scheduler.request import Request
 
 NO_SLOT = -1
@@ -30,13 +30,18 @@ class Sequence:
         tokens: ids of the prompt, then of the answer as far as it was read back.
         num_computed: tokens whose KV is stored, counting the steps that were planned.
         in_flight: tokens that planned steps will sample; the device has them before the host.
+        num_cached: prompt tokens whose KV was found when it first ran; None before that.
         slot: row of the device state while it runs.
         order: place in the order of arrival over all sequences.
+        leader: the sequence of the same request whose prompt this one waits for and shares.
     """
 
     __slots__ = (
+        "blocks",
         "in_flight",
         "index",
+        "leader",
+        "num_cached",
         "num_computed",
         "num_preemptions",
         "num_prompt",
@@ -44,20 +49,28 @@ class Sequence:
         "request",
         "slot",
         "status",
-        "table",
         "tokens",
     )
 
-    def __init__(self, request: Request, index: int, order: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        order: int,
+        blocks: SequenceBlocks,
+        leader: Sequence | None = None,
+    ) -> None:
         self.request = request
         self.index = index
         self.order = order
+        self.blocks = blocks
+        self.leader = leader
         self.tokens = list(request.prompt_ids)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
         self.in_flight = 0
+        self.num_cached: int | None = None
         self.num_preemptions = 0
-        self.table = BlockTable()
         self.slot = NO_SLOT
         self.status = Status.WAITING
 

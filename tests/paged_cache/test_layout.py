@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from paged_cache.layout import KVFormat, KVGroup, KVLayout
+from paged_cache.layout import KVFormat, KVGroup, KVLayout, group_layers
 from paged_cache.storage import KVStorage
 
 
@@ -36,11 +36,45 @@ def test_storage_takes_exactly_the_planned_bytes(dtype: str):
     assert storage.pages[0].dtype == getattr(torch, dtype)
 
 
-def test_layer_groups_name_the_group_of_each_layer():
+def test_every_layer_has_a_group_and_a_place_in_its_blocks():
     groups = (KVGroup((0, 2)), KVGroup((1, 3), window=64))
     mixed = KVLayout(16, 1, 1, 64, groups, KVFormat("float32"))
-    assert mixed.layer_groups == (0, 1, 0, 1)
-    assert mixed.num_layers == 4
+    assert mixed.places == ((0, 0), (1, 0), (0, 1), (1, 1))
+    assert mixed.windows == (0, 64)
+    assert (mixed.pages_per_block, mixed.bytes_per_block) == (2, 2 * 2 * 16 * 64 * 4)
+    assert mixed.bytes_per_token == 4 * 2 * 64 * 4
+
+
+def test_layers_of_different_groups_share_pages():
+    groups = (KVGroup((0, 2)), KVGroup((1,), window=64))
+    layout = KVLayout(4, 5, 1, 8, groups, KVFormat("float32"))
+    storage = KVStorage(layout, torch.device("cpu"))
+    assert storage.num_bytes == layout.num_bytes
+    zero, one, two = storage.pages
+    assert zero.data_ptr() == one.data_ptr() != two.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("windows", "sizes"),
+    [
+        ((0,) * 32, [(32, 0)]),
+        ((4096,) * 32, [(32, 4096)]),
+        ((0, 512) * 13, [(13, 0), (13, 512)]),
+        ((0, 512, 512, 512), [(1, 0), (1, 512), (1, 512), (1, 512)]),
+        ((0,) * 8 + (9,) * 10, [(8, 0), (10, 9)]),
+    ],
+)
+def test_layers_are_cut_into_groups_of_equal_size(windows, sizes):
+    groups = group_layers(windows)
+    assert [(len(group.layers), group.window) for group in groups] == sizes
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
+
+
+def test_one_full_layer_in_six_wastes_nothing_but_the_last_group():
+    """Gemma 3's pattern: 26 layers, every sixth sees everything."""
+    groups = group_layers(tuple(0 if i % 6 == 5 else 512 for i in range(26)))
+    assert [len(group.layers) for group in groups] == [4, 4, 4, 4, 4, 4, 2]
+    assert [group.window for group in groups] == [0, *[512] * 6]
 
 
 def test_an_unknown_dtype_is_refused():

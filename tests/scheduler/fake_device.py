@@ -1,28 +1,34 @@
 """A device without tensors: runs plans on plain Python lists, through the blocks.
 
-Its "keys and values" are the tokens themselves, and the token it samples is a hash of every token
-that it reads back through the block table. A wrong block, a lost write or a stale table therefore
-changes the answer, which `expected` predicts from the prompt alone.
+The "keys and values" of a position are a hash of all tokens up to it, as real ones depend on the
+whole prefix, and reading a position back asserts that hash. A wrong block, a lost write, a stale
+table, a block given away too early or copied too late is therefore found where it is read, in
+every KV group and within its window. The sampled token is a hash of the sequence, so answers can
+be predicted from the prompt alone (`expected`).
 """
 
 import hashlib
 import struct
 
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import ScheduledSeq, StepPlan, StepResult
+from scheduler.random_numbers import uniform
 from scheduler.request import Request, SamplingParams
 
 VOCAB = 97
 
 
-def next_token(tokens: list[int], uniform: float) -> int:
-    data = struct.pack(f"<{len(tokens)}qd", *tokens, uniform)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") % VOCAB
+def digest(tokens: list[int]) -> int:
+    """What a device stores for the last of `tokens`."""
+    data = struct.pack(f"<{len(tokens)}q", *tokens)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def next_token(tokens: list[int], number: float) -> int:
+    return (digest(tokens) + int(number * 1e9)) % VOCAB
 
 
 def expected(request: Request, index: int, eos: frozenset[int]) -> list[int]:
     """The answer of one sequence, computed alone and without a scheduler."""
-    from scheduler.random_numbers import uniform
-
     tokens, sampling = list(request.prompt_ids), request.sampling
     for t in range(sampling.max_tokens or 0):
         number = 0.0 if sampling.greedy else uniform(sampling.seed or 0, index, t)
@@ -35,51 +41,92 @@ def expected(request: Request, index: int, eos: frozenset[int]) -> list[int]:
 
 
 class FakeDevice:
-    def __init__(self, num_slots: int, block_size: int) -> None:
+    """Attributes:
+    computed: tokens computed so far, over all sequences and steps.
+    copied: blocks copied so far.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, windows: tuple[int, ...] = (0,)) -> None:
         self.block_size = block_size
+        self.windows = windows
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
-        self.tables: list[list[int]] = [[] for _ in range(num_slots)]
-        self.kv: dict[tuple[int, int], int] = {}
-        self.steps = 0
+        self.tables: list[list[dict[int, int]]] = [[] for _ in range(num_slots)]
+        self.kv: dict[tuple[int, int], int] = {}  # (block, row) -> digest
+        self.steps = self.computed = self.copied = 0
 
     def run(self, plan: StepPlan) -> StepResult:
         self.steps += 1
-        for new in plan.admitted:
-            self.tokens[new.slot] = new.tokens[:]
-            self.tables[new.slot] = []
-        for blocks in plan.new_blocks:
-            table = self.tables[blocks.slot]
-            assert len(table) == blocks.first, "blocks must be appended where the table ends"
-            table.extend(blocks.blocks)
+        self._apply(plan)
         counts = [item.count for item in plan.scheduled]
         assert counts == sorted(counts, key=lambda count: count > 1), "single tokens come first"
         assert len({item.slot for item in plan.scheduled}) == len(plan.scheduled)
-        # All writes of a step happen before its reads, as in one batched forward pass.
+        # A step stores everything before it reads anything, as each layer of a model does.
         for item in plan.scheduled:
-            for position in range(item.start, item.start + item.count):
-                self.kv[self._place(item.slot, position)] = self.tokens[item.slot][position]
-        sampled = []
+            self._store(item)
         for item in plan.scheduled:
-            if item.wants_token:
-                end = item.start + item.count
-                seen = [self.kv[self._place(item.slot, p)] for p in range(end)]
-                sampled.append(next_token(seen, item.uniform))
-                assert len(self.tokens[item.slot]) == end, "sampled before the last token"
-                self.tokens[item.slot].append(sampled[-1])
-        return StepResult(plan.id, sampled)
+            self._attend(item)
+        return StepResult(plan.id, [self._sample(i) for i in plan.scheduled if i.wants_token])
 
-    def _place(self, slot: int, position: int) -> tuple[int, int]:
+    def _apply(self, plan: StepPlan) -> None:
+        for new in plan.admitted:
+            self.tokens[new.slot] = new.tokens[:]
+            self.tables[new.slot] = [{} for _ in self.windows]
+        for entries in plan.new_blocks:
+            assert min(entries.blocks) >= 0
+            table = self.tables[entries.slot][entries.group]
+            table.update(enumerate(entries.blocks, entries.first))
+        sources, targets = {c.src for c in plan.copies}, {c.dst for c in plan.copies}
+        assert not sources & targets, "a block is copied from and to in one launch"
+        assert len(targets) == len(plan.copies)
+        for copy in plan.copies:
+            self.copied += 1
+            for row in range(self.block_size):
+                self.kv.pop((copy.dst, row), None)
+                if (copy.src, row) in self.kv:
+                    self.kv[copy.dst, row] = self.kv[copy.src, row]
+
+    def _store(self, item: ScheduledSeq) -> None:
+        tokens = self.tokens[item.slot]
+        for position in range(item.start, item.start + item.count):
+            self.computed += 1
+            value = digest(tokens[: position + 1])
+            for group in range(len(self.windows)):
+                self.kv[self._place(item.slot, group, position)] = value
+
+    def _attend(self, item: ScheduledSeq) -> None:
+        tokens = self.tokens[item.slot]
+        for group, window in enumerate(self.windows):
+            first = max(item.start - window + 1, 0) if window else 0
+            for position in range(first, item.start + item.count):
+                found = self.kv.get(self._place(item.slot, group, position))
+                assert found == digest(tokens[: position + 1]), (
+                    f"slot {item.slot}, group {group}, position {position}: not its own KV"
+                )
+
+    def _sample(self, item: ScheduledSeq) -> int:
+        tokens = self.tokens[item.slot]
+        assert len(tokens) == item.start + item.count, "sampled before the last token"
+        tokens.append(next_token(tokens, item.uniform))
+        return tokens[-1]
+
+    def _place(self, slot: int, group: int, position: int) -> tuple[int, int]:
         block, row = divmod(position, self.block_size)
-        return self.tables[slot][block], row
+        return self.tables[slot][group][block], row
 
 
 def make_request(
-    name: str, prompt: list[int], max_tokens: int = 8, n: int = 1, **sampling: object
+    name: str,
+    prompt: list[int],
+    max_tokens: int = 8,
+    n: int = 1,
+    cache_salt: str = "",
+    **sampling: object,
 ) -> Request:
     params = {"temperature": 0.0, "seed": 1, **sampling}
     return Request(
         id=name,
         prompt_ids=tuple(prompt),
         n=n,
+        cache_salt=cache_salt,
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
     )

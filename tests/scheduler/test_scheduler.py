@@ -13,12 +13,12 @@ EOS = frozenset({0})
 class Rig:
     """A scheduler with a fake device behind it."""
 
-    def __init__(self, blocks=64, block_size=4, slots=8, budget=32, eos=frozenset()):
-        cache = KVCacheManager(BlockPool(blocks), block_size)
+    def __init__(self, blocks=64, block_size=4, slots=8, budget=32, eos=frozenset(), windows=(0,)):
+        cache = KVCacheManager(BlockPool(blocks), block_size, windows)
         self.scheduler = Scheduler(
             cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=eos
         )
-        self.device = FakeDevice(slots, block_size)
+        self.device = FakeDevice(slots, block_size, windows)
         self.pool = cache.pool
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
@@ -74,7 +74,7 @@ def test_admission_is_first_come_first_served():
     """The second prompt does not fit beside the first; the third would, but waits its turn."""
     rig = Rig(blocks=8, block_size=4)
     for name, length in [("a", 16), ("b", 20), ("c", 1)]:
-        rig.scheduler.add(make_request(name, [1] * length, max_tokens=2))
+        rig.scheduler.add(make_request(name, [ord(name)] * length, max_tokens=2))
     rig.step()
     assert [s.request.id for s in rig.scheduler.running] == ["a"]
     assert [s.request.id for s in rig.scheduler.waiting] == ["b", "c"]
@@ -118,6 +118,83 @@ def test_each_of_n_answers_has_its_own_random_numbers():
     answers = [rig.answers["a", i] for i in range(3)]
     assert answers == [expected(request, i, frozenset()) for i in range(3)]
     assert len({tuple(a) for a in answers}) == 3
+
+
+@pytest.mark.parametrize(("prompt", "copies"), [(10, 3), (9, 0), (1, 0)])
+def test_n_answers_share_one_prompt(prompt: int, copies: int):
+    """The prompt is computed once; each further answer computes its last token again, in a copy of
+    the block it lies in unless it is the first of its block."""
+    rig = Rig()
+    request = make_request("a", list(range(prompt)), max_tokens=3, n=4, temperature=1.0)
+    rig.scheduler.add(request)
+    rig.step()
+    assert [s.index for s in rig.scheduler.running] == [0]
+    rig.step()
+    assert len(rig.scheduler.running) == 4
+    assert rig.device.computed == prompt + 1 + 3
+    assert rig.device.copied == copies
+    full = (prompt - 1) // 4
+    tables = [seq.blocks.tables[0].blocks for seq in rig.scheduler.running]
+    assert all(table[:full] == tables[0][:full] for table in tables)
+    rig.drain()
+    for index in range(4):
+        assert rig.answers["a", index] == expected(request, index, frozenset())
+
+
+def test_answers_whose_leader_is_gone_start_from_the_cache():
+    rig = Rig()
+    request = make_request("a", list(range(10)), max_tokens=1, n=3, temperature=1.0)
+    rig.scheduler.add(request)
+    rig.drain()
+    assert rig.device.computed == 10 + 2 + 2
+    for index in range(3):
+        assert rig.answers["a", index] == expected(request, index, frozenset())
+
+
+def test_a_shared_prefix_is_computed_once():
+    rig = Rig(budget=64)
+    system = list(range(20))
+    for name in "abc":
+        rig.scheduler.add(make_request(name, [*system, ord(name)], max_tokens=2))
+    rig.step()  # all three in one step: what a stores, b and c read
+    assert rig.device.computed == 21 + 1 + 1
+    assert [seq.num_cached for seq in rig.scheduler.running] == [0, 20, 20]
+    counts = rig.scheduler.prefix
+    assert (counts.queries, counts.hits, counts.recovered) == (63, 40, 0)
+    rig.drain()
+
+
+def test_blocks_found_after_a_preemption_are_no_clients_hit():
+    rig = Rig(blocks=6, block_size=4, slots=4)
+    for name in "abc":
+        rig.scheduler.add(make_request(name, [ord(name)] * 6, max_tokens=12))
+    rig.drain()
+    assert rig.scheduler.num_preemptions > 0
+    assert rig.scheduler.prefix.hits == 0
+    assert rig.scheduler.prefix.recovered > 0
+
+
+def test_after_a_failed_step_nothing_is_found():
+    rig = Rig()
+    rig.scheduler.add(make_request("a", list(range(9))))
+    rig.scheduler.fail(rig.scheduler.schedule())
+    rig.scheduler.add(make_request("b", list(range(9))))
+    rig.drain()
+    assert rig.scheduler.prefix.hits == 0
+
+
+def test_a_sliding_group_keeps_its_window_only():
+    rig = Rig(windows=(0, 10), blocks=200, budget=16)
+    request = make_request("a", list(range(60)), max_tokens=40)
+    rig.scheduler.add(request)
+    while rig.scheduler.has_work:
+        rig.step()
+        for seq in rig.scheduler.running:
+            full, sliding = seq.blocks.tables
+            assert len(full.held) >= seq.num_computed // 4
+            most = rig.scheduler.cache.blocks_for(10 + 16) + 1
+            assert len(sliding.held) <= (5 if seq.num_generated > 1 else most)
+    assert rig.answers["a", 0] == expected(request, 0, frozenset())
 
 
 def test_stops_at_end_of_sequence_and_stop_tokens():

@@ -1,7 +1,8 @@
 """Random histories of the scheduler, its tables and the pool, checked after every step."""
 
 import os
-from collections import deque
+from collections import Counter, deque
+from typing import ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -30,44 +31,67 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Adds, aborts, plans and commits in any order, with up to two plans in flight."""
 
     rules_run = 0
+    seen: ClassVar[Counter[str]] = Counter()  # so that no part of it is left out by bad luck
 
     @initialize(
-        blocks=st.integers(2, 24),
+        blocks=st.integers(2, 40),
         block_size=st.sampled_from([1, 2, 4, 16]),
         slots=st.integers(1, 6),
         budget=st.integers(1, 24),
+        windows=st.sampled_from([(0,), (0,), (5,), (0, 7), (4, 0, 4), (3, 9)]),
+        prefix_cache=st.booleans(),
     )
-    def start(self, blocks: int, block_size: int, slots: int, budget: int) -> None:
+    def start(
+        self,
+        blocks: int,
+        block_size: int,
+        slots: int,
+        budget: int,
+        windows: tuple[int, ...],
+        prefix_cache: bool,
+    ) -> None:
         self.pool = BlockPool(blocks)
-        cache = KVCacheManager(self.pool, block_size)
+        cache = KVCacheManager(self.pool, block_size, windows, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
             cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=EOS
         )
-        self.device = FakeDevice(slots, block_size)
+        self.device = FakeDevice(slots, block_size, windows)
         self.in_flight: deque[StepResult] = deque()
         self.requests: dict[str, Request] = {}
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
 
     @rule(
-        prompt=st.lists(st.integers(0, 96), min_size=1, max_size=40),
+        shared=st.integers(0, 40),
+        own=st.lists(st.integers(0, 96), min_size=1, max_size=20),
         max_tokens=st.integers(1, 30),
         n=st.integers(1, 3),
         temperature=st.sampled_from([0.0, 1.0]),
         ignore_eos=st.booleans(),
+        salt=st.sampled_from(["", "", "other"]),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, n: int, temperature: float, ignore_eos: bool
+        self,
+        shared: int,
+        own: list[int],
+        max_tokens: int,
+        n: int,
+        temperature: float,
+        ignore_eos: bool,
+        salt: str,
     ) -> None:
         name = f"r{len(self.requests)}"
+        prompt = [*range(shared), *own]
         request = make_request(
-            name, prompt, max_tokens, n, temperature=temperature, ignore_eos=ignore_eos
+            name, prompt, max_tokens, n, salt, temperature=temperature, ignore_eos=ignore_eos
         )
         cache = self.scheduler.cache
+        length = len(prompt) + max_tokens - 1
         try:
             self.scheduler.add(request)
         except InvalidRequest:
-            assert cache.blocks_for(len(prompt) + max_tokens - 1) > self.pool.num_blocks
+            chunk = self.scheduler.max_num_batched_tokens
+            assert cache.most_blocks(length, chunk) > self.pool.num_blocks
         else:
             self.requests[name] = request
 
@@ -112,6 +136,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             type(self).rules_run += 1
             self.scheduler.check()
             assert self.pool.num_free + self.pool.num_used == self.pool.num_blocks
+            self.windows_hold_little()
+
+    def windows_hold_little(self) -> None:
+        """A sequence that decodes holds at most its window and two blocks in a sliding group."""
+        cache = self.scheduler.cache
+        for seq in self.scheduler.running:
+            for window, table in zip(cache.windows, seq.blocks.tables, strict=True):
+                if window and seq.num_generated > 1 and not seq.num_preemptions:
+                    assert len(table.held) <= cache.blocks_for(window) + 2
 
     def teardown(self) -> None:
         """Everything admitted finishes, with the tokens that it would have had alone."""
@@ -125,6 +158,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(self.scheduler.commit(self.device.run(self.scheduler.schedule())))
         assert not self.scheduler.has_work
         assert self.pool.num_used == 0
+        self.seen["preemptions"] += self.scheduler.num_preemptions
+        self.seen["hits"] += self.scheduler.prefix.hits
+        self.seen["recovered"] += self.scheduler.prefix.recovered
+        self.seen["evicted"] += self.pool.num_evicted
+        self.seen["copied"] += self.device.copied
         assert len(self.scheduler._free_slots) == len(self.device.tokens)
         for name, request in self.requests.items():
             for index in range(request.n):
@@ -145,3 +183,4 @@ def test_random_histories():
     )
     run_state_machine_as_test(SchedulerMachine, settings=profile)  # type: ignore[no-untyped-call]
     assert SchedulerMachine.rules_run >= STEPS
+    assert min(SchedulerMachine.seen.values()) >= STEPS // 200, SchedulerMachine.seen
