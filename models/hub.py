@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ def download(
     Raises CheckpointError saying what failed and what to do.
     """
     # Imported here: it brings an HTTP stack that serving from a folder never needs.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    where = f"https://huggingface.co/{model}"
-    try:
+    with _explained(model, revision):
         return Path(
             snapshot_download(
                 model,
@@ -33,6 +33,47 @@ def download(
                 tqdm_class=_bar(model, progress),
             )
         )
+
+
+def read_headers(model: str, revision: str | None) -> tuple[Path, dict[str, list[int]]]:
+    """What can be known without the weights: the local path of the `config.json`, and the shape
+    of every tensor by name, from the headers of the safetensors files.
+
+    Without a network the config comes from the local cache, and there are no shapes; neither are
+    there for a model without safetensors files.
+
+    Raises CheckpointError saying what failed and what to do.
+    """
+    from huggingface_hub import errors, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    shapes: dict[str, list[int]] = {}
+    offline = False
+    with _explained(model, revision):
+        try:
+            # First, because it fails at once where a download goes on trying.
+            found = get_safetensors_metadata(model, revision=revision)
+            for file in found.files_metadata.values():
+                shapes |= {name: list(tensor.shape) for name, tensor in file.tensors.items()}
+        except errors.NotASafetensorsRepoError:
+            pass
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            raise
+        except Exception:  # of the HTTP client, which is another one from version to version
+            offline = True
+        config = hf_hub_download(model, "config.json", revision=revision, local_files_only=offline)
+    return Path(config), shapes
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Turns what a download raises into one line."""
+    from huggingface_hub import errors
+
+    where = f"https://huggingface.co/{model}"
+    try:
+        yield
     except errors.HFValidationError as error:
         raise CheckpointError(f"{model!r} is neither a folder nor a Hub model id") from error
     except errors.GatedRepoError as error:

@@ -120,5 +120,14 @@ def tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
+def shapes(files: list[Path]) -> dict[str, list[int]]:
+    """The shape of every tensor by name, from the headers alone."""
+    found: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="np") as opened:
+            found |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
 def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
