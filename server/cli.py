@@ -1,4 +1,4 @@
-"""The command `quire`: serve, chat, bench, health.
+"""The command `quire`: serve, chat, bench, plan, health.
 
 This module is imported again by the spawned engine process and answers `--help`, so it imports
 nothing heavy: each command fetches what it needs when it runs.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from configs.settings import CONFIG, FIELDS, SECTIONS, Settings, SettingsError, nearest
-from server import __version__
+from server import __version__, plan_command
 
 OK: Final = 0
 FAILED: Final = 1
@@ -81,6 +81,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_settings(command("serve", "Serve a model over HTTP", _serve, usage=_USAGE, epilog=_HINT))
     _add_chat(command("chat", "Talk to a running server", _chat))
     commands.add_parser("bench", help="Measure a server: tokens/s, TTFT, TPOT (own --help)")
+    plan = command("plan", "Tell how much memory a model will take", plan_command.run)
+    plan_command.add_arguments(plan)
     health = command("health", "Ask a running server whether it is well", _health)
     health.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     health.add_argument("--timeout", type=float, default=3.0, help="seconds (default 3)")

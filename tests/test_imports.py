@@ -24,6 +24,8 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_TO_ONE_FILE = {
     "paged_cache/storage.py": {"kernels"},
     "server/cli.py": {"benchmarks.serve"},  # the command `quire bench`
+    "server/plan_command.py": {"engine.planner"},  # the command `quire plan`, which needs no torch
+    "server/plan_plot.py": {"engine.planner"},
 }
 WITHOUT_TORCH = {"server", "scheduler", "paged_cache", "configs"}
 MEASURES_AGAINST_TRANSFORMERS = {"models/embedded/evaluate.py"}  # never part of a server
@@ -82,6 +84,8 @@ def test_kernels_is_no_regular_package() -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
+        ("models.registry", {"torch"}),
+        ("engine.planner", {"torch", "huggingface_hub", "matplotlib"}),
         ("engine.client, engine.protocol", {"torch", "fastapi", "uvicorn"}),
         ("server.cli", {"torch", "fastapi", "uvicorn", "httpx", "engine", "tqdm"}),
         ("server.app", {"torch", "numba", "transformers"}),
