@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
         cache_dtype=arguments.kv_cache_dtype,
     )
-    print(json.dumps(dataclasses.asdict(plan), indent=2) if arguments.json else table(plan))
+    print(as_json(plan) if arguments.json else table(plan))
     if arguments.plot is not None:
         from server import plan_plot
 
@@ -96,6 +96,20 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a count of at least 1, got {text}")
     return int(text)
+
+
+def as_json(plan: Plan) -> str:
+    """The plan in raw numbers; of the model's config, what the cache depends on."""
+    config = plan.model.config
+    shape = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    model = {
+        "name": plan.model.name,
+        **{name: getattr(config, name) for name in shape},
+        "layer_windows": config.layer_windows if any(config.layer_windows) else None,
+        "parameters": plan.model.parameters,
+        "counted_from": plan.model.counted_from,
+    }
+    return json.dumps(dataclasses.asdict(plan) | {"model": model}, indent=2)
 
 
 # ---------------------------------------------------------------------- the table
