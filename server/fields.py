@@ -15,7 +15,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (None,),
     "audio": (None,),
     "bad_words": (None, []),
-    "cache_salt": (None,),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
     "documents": (None, []),

@@ -152,10 +152,12 @@ class WholeAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a whole HTTP request."""
+    """Tokens of a whole HTTP request; `cached_tokens` are those of the prompts that were found in
+    the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     def fields(self) -> dict[str, object]:
         """As the wire has it."""
@@ -163,7 +165,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
@@ -213,6 +215,7 @@ class Generation:
         ]
         self._news = _News()
         self._not_admitted = self._open = len(requests)
+        self._cached_tokens = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -226,6 +229,7 @@ class Generation:
         return Usage(
             sum(len(request.prompt_ids) for request in self._requests),
             sum(answer.tokens for answers in self._answers for answer in answers),
+            self._cached_tokens,
         )
 
     async def __aenter__(self) -> Self:
@@ -314,7 +318,9 @@ class Generation:
         started = False
         async for delta in stream:
             if not started:
+                # The first token is of the answer that read the prompt for all n.
                 started = True
+                self._cached_tokens += delta.cached_tokens
                 self._metrics.prompt_tokens.inc(len(request.prompt_ids))
             answer = answers[delta.index]
             if answer.finished:

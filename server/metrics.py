@@ -155,8 +155,29 @@ class _EngineGauges(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
-        preemptions = CounterMetricFamily(
-            "vllm:num_preemptions", "Sequences put back to make room.", labels=["model_name"]
+        kv_blocks = GaugeMetricFamily(
+            "quire:kv_blocks", "KV blocks by what they are.", labels=["model_name", "state"]
         )
-        preemptions.add_metric([self._model_name], stats.preemptions)
-        yield preemptions
+        free = stats.blocks_total - stats.blocks_used - stats.blocks_cached
+        for state, blocks in (
+            ("active", stats.blocks_used),
+            ("cached", stats.blocks_cached),
+            ("free", free),
+        ):
+            kv_blocks.add_metric([self._model_name, state], blocks)
+        yield kv_blocks
+        counters = (
+            ("vllm:num_preemptions", "Sequences put back to make room.", stats.preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found cached.", stats.prefix_hits),
+            (
+                "quire:prefix_cache_recovered",
+                "Tokens found cached again after a preemption.",
+                stats.prefix_recovered,
+            ),
+            ("quire:kv_blocks_evicted", "Cached blocks given up.", stats.blocks_evicted),
+        )
+        for name, text, value in counters:
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter

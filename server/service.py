@@ -132,7 +132,12 @@ class Service:
         )
 
     def request(
-        self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int | None, param: str
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        body: GenerationBody,
+        param: str,
     ) -> Request:
         """An engine request. `param` is the client's name of the prompt.
 
@@ -149,7 +154,8 @@ class Service:
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             seed=secrets.randbits(63),
-            n=1 if n is None else n,
+            n=1 if body.n is None else body.n,
+            cache_salt=body.cache_salt or "",
             param=param,
         )
 

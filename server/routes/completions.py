@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
         envelope = service.envelope("cmpl", body)
         sampling = service.sampling(body)
         prompts = await asyncio.to_thread(read_prompts, service, body)
-        requests = build_requests(service, envelope.id, prompts, sampling, body.n)
+        requests = build_requests(service, envelope.id, prompts, sampling, body)
         generation = service.generation(http, body, requests, continues=True)
         n = requests[0].n
         echoes = [prompt.text for prompt in prompts] if body.echo else []
@@ -91,7 +91,7 @@ def build_requests(
     request_id: str,
     prompts: list[Prompt],
     sampling: SamplingParams,
-    n: int | None,
+    body: CompletionBody,
 ) -> list[Request]:
     """One engine request per prompt.
 
@@ -104,7 +104,7 @@ def build_requests(
             f"{request_id}-{place}" if several else request_id,
             prompt,
             _with_max_tokens(sampling, len(prompt.ids), service.engine.info),
-            n,
+            body,
             f"prompt.{place}" if several else "prompt",
         )
         for place, prompt in enumerate(prompts)

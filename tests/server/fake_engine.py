@@ -38,6 +38,7 @@ class FakeEngine:
         admit_seconds: admission takes this long.
         refuse: raised instead of an admission.
         fail_after: steps after which a request fails.
+        cached_tokens: prompt tokens that every request finds cached.
         submitted, aborted, finished: what happened, in order.
     """
 
@@ -48,6 +49,7 @@ class FakeEngine:
     admit_seconds: float = 0.0
     refuse: InvalidRequest | None = None
     fail_after: int | None = None
+    cached_tokens: int = 0
     alive: bool = True
     snapshot: EngineStats = field(default_factory=EngineStats)
     submitted: list[Request] = field(default_factory=list)
@@ -112,7 +114,7 @@ class FakeEngine:
             tokens, reason = [*tokens, self.info.eos_token_ids[0]], "stop"
         if reason is not None:
             del left[index]
-        return TokenDelta(request.id, index, tokens, reason, stop_reason)
+        return TokenDelta(request.id, index, tokens, reason, stop_reason, self.cached_tokens)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

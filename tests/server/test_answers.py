@@ -83,6 +83,22 @@ def test_stream_equals_whole(
     assert events[-1]["usage"] == answer["usage"]
 
 
+def test_usage_tells_what_was_found_cached() -> None:
+    front = door(says("hello", cached_tokens=16))
+    details = {"cached_tokens": 16}
+    assert front.chat(n=3).json()["usage"]["prompt_tokens_details"] == details
+    assert chunks(front.chat(n=3, **USAGE))[-1]["usage"]["prompt_tokens_details"] == details
+
+
+def test_salts_reach_the_engine() -> None:
+    engine = says("hello")
+    front = door(engine)
+    front.chat(cache_salt="a")
+    front.chat()
+    assert [request.cache_salt for request in engine.submitted] == ["a", ""]
+    assert front.chat(cache_salt="").status_code == 400
+
+
 def test_chat_stream_shape() -> None:
     events = chunks(door(says("hello world")).chat(n=2, **USAGE))
     for field in ("id", "object", "created", "model", "system_fingerprint"):

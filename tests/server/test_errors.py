@@ -127,7 +127,6 @@ def test_missing_fields(front: Door) -> None:
 NOT_SERVED: dict[str, Any] = {
     "audio": {"voice": "x"},
     "best_of": 3,
-    "cache_salt": "s",
     "chat_template": "{{ 1 }}",
     "chat_template_kwargs": {"a": 1},
     "frequency_penalty": 0.5,

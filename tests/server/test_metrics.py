@@ -33,8 +33,17 @@ COUNTERS = {
     "vllm:generation_tokens_total",
     "vllm:num_preemptions_total",
     "vllm:request_success_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "quire:prefix_cache_recovered_total",
+    "quire:kv_blocks_evicted_total",
 }
-GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
+GAUGES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "quire:kv_blocks",
+}
 
 
 def samples(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
@@ -67,20 +76,35 @@ def test_names_labels_and_edges() -> None:
     for name, rows in found.items():
         for labels, _ in rows:
             assert labels["model_name"] == "quiet"  # the first name, whatever the client wrote
-            assert set(labels) <= {"model_name", "le", "finished_reason"}, name
+            assert set(labels) <= {"model_name", "le", "finished_reason", "state"}, name
 
 
 def test_gauges_come_from_the_engine_at_every_scrape() -> None:
     engine = says("x")
     front = door(engine)
     engine.snapshot = EngineStats(
-        running=3, waiting=2, blocks_total=8, blocks_used=2, preemptions=5
+        running=3,
+        waiting=2,
+        blocks_total=8,
+        blocks_used=2,
+        blocks_cached=5,
+        blocks_evicted=9,
+        preemptions=5,
+        prefix_queries=40,
+        prefix_hits=32,
+        prefix_recovered=16,
     )
     text = front.get("/metrics").text
     assert value(text, "vllm:num_requests_running") == 3
     assert value(text, "vllm:num_requests_waiting") == 2
     assert value(text, "vllm:kv_cache_usage_perc") == 0.25
     assert value(text, "vllm:num_preemptions_total") == 5
+    assert value(text, "vllm:prefix_cache_queries_total") == 40
+    assert value(text, "vllm:prefix_cache_hits_total") == 32
+    assert value(text, "quire:prefix_cache_recovered_total") == 16
+    assert value(text, "quire:kv_blocks_evicted_total") == 9
+    for state, blocks in (("active", 2), ("cached", 5), ("free", 1)):
+        assert value(text, "quire:kv_blocks", state=state) == blocks
     engine.snapshot = EngineStats()
     assert value(front.get("/metrics").text, "vllm:kv_cache_usage_perc") == 0
 
