@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 GRACE_SECONDS: Final = 20
 """How long running answers may go on after the first signal; a second signal ends them."""
 
+ALIVE_CHECK_SECONDS: Final = 0.5
+
 T = TypeVar("T")
 _COUNTED: Final = ("memory", "kernels")  # phases in units of their own; the others are bytes
 
@@ -149,7 +151,7 @@ async def _answer_http(
     )
 
     async def watch() -> None:
-        await stop.get()
+        await _stopped_or_dead(stop, client)
         server.should_exit = True
         await stop.get()
         server.force_exit = True
@@ -159,6 +161,16 @@ async def _answer_http(
         await server.serve(sockets=[bound])
     finally:
         watching.cancel()
+
+
+async def _stopped_or_dead(stop: asyncio.Queue[None], client: EngineClient) -> None:
+    """Returns at the first signal, or when the engine is gone: its streams have then been told,
+    and a supervisor starts everything anew."""
+    while client.alive:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.get(), ALIVE_CHECK_SECONDS)
+            return
+    print("quire: the engine is gone; the server ends", file=sys.stderr, flush=True)
 
 
 def build_app(settings: Settings, client: EngineClient) -> FastAPI:
