@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ class ModelConfig:
         rope_layers: per layer; False leaves queries and keys unrotated
         eos_token_ids: every token that ends an answer
         dtype: of the checkpoint's tensors: float32, bfloat16 or float16
+        attention_scale: of the scores; None is head_dim ** -0.5
+        attention_softcap: scores become cap * tanh(score / cap); 0 leaves them
+        logit_softcap: the same for the logits
+        sliding_rope: of the layers with a window, if it is not that of the others
+        post_norms: attention and MLP have a norm behind them too
     """
 
     architecture: str
@@ -81,6 +86,11 @@ class ModelConfig:
     rope_layers: tuple[bool, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    sliding_rope: RopeConfig | None = None
+    post_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -233,6 +243,14 @@ def sliding_windows(fields: Fields) -> tuple[int, ...]:
     if types is None:
         first = fields.integer("max_window_layers", 28)
         types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    return typed_windows(types, window)
+
+
+def typed_windows(types: Sequence[str], window: int) -> tuple[int, ...]:
+    """`window` for the layers of sliding attention, 0 for those of full attention.
+
+    Raises CheckpointError for any other type.
+    """
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise CheckpointError(f"config.json: layer type {min(unknown)!r} is not supported")

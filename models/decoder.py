@@ -85,14 +85,23 @@ class Decoder(CausalLM):
 
     prefix = "model."
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer_type: type[DecoderLayer] | None = None,
+    ):
         super().__init__(config, dtype, device)
+        layer_type = layer_type or DecoderLayer
         self.rotary = Rotary(config.rope, config.head_dim, config.max_position_embeddings, device)
         self.layers = [
-            DecoderLayer(config, layer, dtype=dtype, device=device)
+            layer_type(config, layer, dtype=dtype, device=device)
             for layer in range(config.num_layers)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.norm = layer_type.norm_type(
+            config.hidden_size, config.norm_eps, dtype=dtype, device=device
+        )
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -122,13 +131,19 @@ class Decoder(CausalLM):
 
 
 class DecoderLayer:
-    """Attention, then the gated MLP, each behind its norm and added to the stream."""
+    """Attention, then the gated MLP, each behind its norm and added to the stream.
+
+    Attributes:
+        norm_type, head_norm_type: the kinds of norm; a family may have its own
+    """
+
+    norm_type, head_norm_type = RMSNorm, HeadNorm
 
     def __init__(self, config: ModelConfig, layer: int, **factory: Any):
         hidden = config.hidden_size
-        self.attention_norm = RMSNorm(hidden, config.norm_eps, **factory)
-        self.attention = Attention(config, layer, **factory)
-        self.mlp_norm = RMSNorm(hidden, config.norm_eps, **factory)
+        self.attention_norm = self.norm_type(hidden, config.norm_eps, **factory)
+        self.attention = Attention(config, layer, self.head_norm_type, **factory)
+        self.mlp_norm = self.norm_type(hidden, config.norm_eps, **factory)
         self.mlp = GatedMLP(config, **factory)
 
     def __call__(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
@@ -173,13 +188,15 @@ class Attention:
     qkv row of a token  [ q0 q1 .. | k0 .. | v0 .. ]    heads of head_dim; q and k turn together
     """
 
-    def __init__(self, config: ModelConfig, layer: int, **factory: Any):
+    def __init__(
+        self, config: ModelConfig, layer: int, head_norm_type: type[HeadNorm], **factory: Any
+    ):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.qkv = Linear(config.hidden_size, sizes, bias=config.qkv_bias, **factory)
         self.output = Linear(heads * head_dim, (config.hidden_size,), bias=config.o_bias, **factory)
         self.head_norm = (
-            HeadNorm(heads, kv_heads, head_dim, config.norm_eps, **factory)
+            head_norm_type(heads, kv_heads, head_dim, config.norm_eps, **factory)
             if config.qk_norm
             else None
         )
@@ -189,7 +206,11 @@ class Attention:
         self.row_shape = (heads + 2 * kv_heads, head_dim)
         self.qk_v = (heads + kv_heads, kv_heads)
         self.q_k = (heads, kv_heads)
-        self.scale = head_dim**-0.5
+        self.options = {
+            "scale": config.attention_scale or head_dim**-0.5,
+            "window": self.window,
+            "softcap": config.attention_softcap,
+        }
 
     def __call__(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""
@@ -200,7 +221,7 @@ class Attention:
         if self.rotated:
             query_key = rotate(query_key, rotation)
         query, key = query_key.split_with_sizes(self.q_k, 1)
-        out = ctx.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
+        out = ctx.attend(self.layer, query, key, value, **self.options)
         return self.output(out.view(tokens, -1))
 
 

@@ -129,6 +129,29 @@ class HeadNorm:
         return F.rms_norm(query_key, self.shape, None, self.eps).mul_(self.per_head)
 
 
+class CenteredRMSNorm(RMSNorm):
+    """RMSNorm whose weight is stored as its distance from 1, rounded once, at the end."""
+
+    def expand(self) -> None:
+        """Keeps 1 + weight in float32. Call it once the weight is loaded."""
+        self.scale = self.weight.float() + 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.shape, self.scale, self.eps).to(x.dtype)
+
+
+class CenteredHeadNorm(HeadNorm):
+    """HeadNorm whose weights are stored as their distances from 1, rounded once, at the end."""
+
+    def expand(self) -> None:
+        super().expand()
+        self.per_head = self.per_head.float() + 1
+
+    def __call__(self, query_key: Tensor) -> Tensor:
+        normed = F.rms_norm(query_key.float(), self.shape, None, self.eps)
+        return normed.mul_(self.per_head).to(query_key.dtype)
+
+
 class LayerNorm:
     """Mean and variance normalization with `weight` and `bias`, both [size]."""
 

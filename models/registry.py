@@ -33,11 +33,18 @@ class Family:
 
 FAMILIES = {
     "GPT2LMHeadModel": Family("gpt2_config", "gpt2.Model"),
+    "Gemma2ForCausalLM": Family("gemma2", "gemma.Model"),
+    "Gemma3ForCausalLM": Family("gemma3", "gemma.Model"),
     "LlamaForCausalLM": Family("llama"),
     "MistralForCausalLM": Family("mistral"),
     "Qwen2ForCausalLM": Family("qwen2"),
     "Qwen3ForCausalLM": Family("qwen3"),
     "SmolLM3ForCausalLM": Family("smollm3"),
+}
+
+REFUSED = {
+    "Gemma3ForConditionalGeneration": "it reads images too; only its text-only relatives,"
+    " published as Gemma3ForCausalLM, are served",
 }
 
 
@@ -68,6 +75,8 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Caus
 
 
 def _family(name: str) -> Family:
+    if name in REFUSED:
+        raise CheckpointError(f"architecture {name!r} is not supported: {REFUSED[name]}")
     if name not in FAMILIES:
         raise CheckpointError(
             f"architecture {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"

@@ -23,6 +23,8 @@ KINDS = [
     "qwen2-sliding",
     "qwen3",
     "smollm3",
+    "gemma2",
+    "gemma3",
     "gpt2",
 ]
 NEW_TOKENS = 48

@@ -60,6 +60,32 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 64,
+            "sliding_window": 32,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 64,
+            "sliding_window": 32,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": _LINEAR | {"rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": (
         "GPT2",
         {
@@ -95,7 +121,8 @@ def network(kind: str, *, seed: int = 0, **overrides: Any) -> Any:
 
     family, fields = _KINDS[kind]
     shape = {} if family == "GPT2" else _SHAPE
-    config = getattr(transformers, f"{family}Config")(**{**shape, **fields, **overrides})
+    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, name)(**{**shape, **fields, **overrides})
     suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     model = getattr(transformers, family + suffix)(config).eval()
     _randomize(model, torch.Generator().manual_seed(seed))
@@ -111,4 +138,4 @@ def _randomize(model: Any, generator: torch.Generator) -> None:
         elif name.endswith("bias"):
             parameter.copy_(0.3 * noise)
         else:
-            parameter.copy_(1 + 0.2 * noise)
+            parameter.add_(0.2 * noise)  # a norm: of ones, or of zeros where 1 is added to them

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 
+from models import registry
 from models.config import CheckpointError, ModelConfig, RopeConfig
 from models.registry import parse_config
 
@@ -147,6 +150,57 @@ GPT2 = {
     "vocab_size": 50257,
 }
 
+GEMMA_2_2B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 107],
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 256000,
+}
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
+}
+
 
 def changed(raw: dict[str, Any], **changes: Any) -> ModelConfig:
     return parse_config(raw | changes)
@@ -243,6 +297,55 @@ def test_smollm3_leaves_every_fourth_layer_unrotated():
     assert listed.rope_layers == (True, False) * 4
 
 
+def test_gemma2():
+    config = parse_config(GEMMA_2_2B)
+    assert config.layer_windows == (4096, 0) * 13
+    assert (config.attention_softcap, config.logit_softcap) == (50.0, 30.0)
+    assert (config.attention_scale, config.activation) == (1 / 16, "gelu_tanh")
+    assert config.tie_word_embeddings and config.post_norms and not config.qk_norm
+    assert config.rope == RopeConfig(10000.0) and config.sliding_rope is None
+    uncapped = changed(GEMMA_2_2B, attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (uncapped.attention_softcap, uncapped.logit_softcap) == (0.0, 0.0)
+    unsaid = {k: v for k, v in GEMMA_2_2B.items() if "softcapping" not in k}
+    assert parse_config(unsaid) == config
+
+
+def test_gemma3():
+    config = parse_config(GEMMA_3_1B)
+    assert config.layer_windows == ((512,) * 5 + (0,)) * 4 + (512, 512)
+    assert (config.rope, config.sliding_rope) == (RopeConfig(1e6), RopeConfig(1e4))
+    assert (config.attention_softcap, config.logit_softcap) == (0.0, 0.0)
+    assert config.qk_norm and config.num_kv_heads == 1
+
+
+def test_gemma3_spellings_read_the_same():
+    old = GEMMA_3_1B | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    absent = {"rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern"}
+    modern = {key: value for key, value in old.items() if key not in absent}
+    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(26)]
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = parse_config(modern | {"layer_types": kinds, "rope_parameters": ropes})
+    assert config == parse_config(old)
+    assert (config.rope, config.sliding_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"layer_types": ["chunked_attention"] * 26}, "'chunked_attention' is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "not given per layer type"),
+    ],
+)
+def test_gemma3_variants_are_refused(changes, says):
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        changed(GEMMA_3_1B, **changes)
+
+
 def test_gpt2():
     config = parse_config(GPT2)
     assert (config.intermediate_size, config.head_dim, config.activation) == (3072, 64, "gelu_tanh")
@@ -260,7 +363,8 @@ def test_eos_of_generation_config_wins():
     ("changes", "says"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported"),
-        ({"architectures": ["MambaForCausalLM"]}, "supported: GPT2LMHeadModel, LlamaForCausalLM"),
+        ({"architectures": ["MambaForCausalLM"]}, "supported: GPT2LMHeadModel, Gemma2ForCausalLM"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "reads images too"),
         ({"architectures": None}, "no model class"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
@@ -297,3 +401,12 @@ def test_refused_in_one_line(changes, says):
 def test_gpt2_variants_are_refused(changes):
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         changed(GPT2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "parameters"), [(GEMMA_2_2B, 2_614_341_888), (GEMMA_3_1B, 999_885_952)]
+)
+def test_published_parameter_counts(raw, parameters):
+    """Of what a decoder of this config allocates."""
+    made = registry.build(parse_config(raw), torch.bfloat16, torch.device("meta"))
+    assert sum(tensor.numel() for tensor in made.checkpoint_tensors().values()) == parameters
