@@ -86,6 +86,7 @@ def assemble(
             head_dim=model.head_dim,
             block_size=settings.cache.block_size,
             window=window,
+            softcap=config.attention_softcap,
         )
     report("kernels", 1, 1, backend.name)
     limits = Limits(

@@ -241,7 +241,7 @@ def parameters(config: ModelConfig) -> int:
     gpt2 = config.rope is None  # learned positions, norms with a bias, an MLP without a gate
     norm = 2 * hidden if gpt2 else hidden
     gates = 1 if gpt2 else 2
-    layer = 2 * norm
+    layer = (4 if config.post_norms else 2) * norm
     layer += hidden * (query + 2 * kv) + config.qkv_bias * (query + 2 * kv)
     layer += query * hidden + config.o_bias * hidden
     layer += (gates + 1) * hidden * inner + config.mlp_bias * (gates * inner + hidden)
