@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import queue
 import threading
@@ -19,6 +20,8 @@ from engine.protocol import (
     EngineInfo,
     EngineStats,
     FromEngine,
+    Inspect,
+    Inspection,
     Progress,
     Ready,
     Shutdown,
@@ -69,7 +72,7 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """Four verbs: submit, abort, stats, close."""
+    """Five verbs: submit, abort, stats, inspect, close."""
 
     @property
     def info(self) -> EngineInfo:
@@ -95,6 +98,16 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats:
         """The newest snapshot, without a round trip."""
+
+    async def inspect(self, *, verify: bool = False) -> Inspection:
+        """A look at the KV cache between two steps, for people who debug.
+
+        Args:
+            verify: also check every invariant.
+
+        Raises:
+            EngineDead: the engine is gone.
+        """
 
     async def close(self) -> None:
         """Stops the engine and waits for it."""
@@ -150,6 +163,8 @@ class _StreamingClient:
         self._streams: dict[str, _Stream] = {}
         self._aborted: list[str] = []
         self._submitted: list[Request] = []
+        self._numbers = itertools.count()
+        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
         self._dead = False
@@ -184,6 +199,18 @@ class _StreamingClient:
             raise
         return stream
 
+    async def inspect(self, *, verify: bool = False) -> Inspection:
+        if self._dead:
+            raise EngineDead("the engine is gone")
+        number = next(self._numbers)
+        answer = asyncio.get_running_loop().create_future()
+        self._inspections[number] = answer
+        try:
+            self._send(Inspect(number, verify))
+            return await answer
+        finally:
+            del self._inspections[number]
+
     def abort(self, request_id: str) -> None:
         if request_id in self._streams and not self._dead:
             self._flush_soon()
@@ -202,8 +229,13 @@ class _StreamingClient:
             self._send(Abort(self._aborted))
         self._submitted, self._aborted = [], []
 
-    def _dispatch(self, output: StepOutput) -> None:
+    def _dispatch(self, output: StepOutput | Inspection) -> None:
         """Hands one step's output to the streams."""
+        if isinstance(output, Inspection):
+            answer = self._inspections.get(output.id)
+            if answer is not None and not answer.done():
+                answer.set_result(output)
+            return
         self._stats = output.stats
         for request_id in output.admitted:
             stream = self._streams[request_id]
@@ -225,6 +257,9 @@ class _StreamingClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineDead("the engine is gone"))
+        for answer in self._inspections.values():
+            if not answer.done():
+                answer.set_exception(EngineDead("the engine is gone"))
 
 
 class ProcessEngine(_StreamingClient):
@@ -299,7 +334,7 @@ class ProcessEngine(_StreamingClient):
             self._stop_reading()
             self._die()
             return
-        assert isinstance(message, StepOutput)
+        assert isinstance(message, StepOutput | Inspection)
         self._dispatch(message)
 
     def _stop_reading(self) -> None:

@@ -8,10 +8,14 @@ from typing import Protocol
 
 from engine.protocol import (
     Abort,
+    CacheView,
     EngineInfo,
     EngineStats,
     Failure,
+    Inspect,
+    Inspection,
     Refusal,
+    SequenceView,
     Shutdown,
     StepOutput,
     Submit,
@@ -21,6 +25,7 @@ from engine.protocol import (
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import InvalidRequest, Request
 from scheduler.scheduler import Progress, Scheduler
+from scheduler.sequence import Sequence
 
 logger = logging.getLogger("quire.engine")
 
@@ -58,7 +63,7 @@ class EngineLoop:
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
 
-    def run(self, inbox: Inbox, send: Callable[[StepOutput], None]) -> None:
+    def run(self, inbox: Inbox, send: Callable[[StepOutput | Inspection], None]) -> None:
         """Serves until `Shutdown` or the end of the inbox."""
         while True:
             try:
@@ -68,7 +73,10 @@ class EngineLoop:
             for message in messages:
                 if isinstance(message, Shutdown):
                     return
-                self.take(message)
+                if isinstance(message, Inspect):
+                    send(self.inspect(message))
+                else:
+                    self.take(message)
             if self.scheduler.has_work:
                 self.step()
             send(self.collect())
@@ -129,6 +137,24 @@ class EngineLoop:
                 )
             )
 
+    def inspect(self, message: Inspect) -> Inspection:
+        """A look at the cache between two steps."""
+        scheduler, problem = self.scheduler, None
+        if message.verify:
+            try:
+                scheduler.check()
+            except AssertionError as error:
+                problem = str(error) or "an invariant does not hold"
+        pool = scheduler.cache.pool
+        view = CacheView(
+            block_size=scheduler.cache.block_size,
+            windows=list(scheduler.cache.windows),
+            states=bytes(pool.states),
+            tags=bytes(pool.tags),
+            sequences=[_view(seq) for seq in [*scheduler.running, *scheduler.waiting]],
+        )
+        return Inspection(message.id, view, problem)
+
     def collect(self) -> StepOutput:
         """All that was said since the last call, with a fresh snapshot."""
         output, scheduler = self._output, self.scheduler
@@ -156,3 +182,15 @@ class EngineLoop:
             failed=output.failed,
             deltas=output.deltas,
         )
+
+
+def _view(seq: Sequence) -> SequenceView:
+    return SequenceView(
+        request_id=seq.request.id,
+        index=seq.index,
+        status=seq.status.value,
+        tokens=len(seq.tokens),
+        computed=seq.num_computed,
+        preemptions=seq.num_preemptions,
+        tables=[table.blocks for table in seq.blocks.tables],
+    )

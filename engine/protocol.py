@@ -118,11 +118,61 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a look at the KV cache; answered by an `Inspection` with the same `id`.
+
+    Attributes:
+        verify: also check every invariant now, which takes time with the size of the pool.
+    """
+
+    id: int
+    verify: bool = False
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, free everything, exit 0."""
 
 
 # engine -> front door
+
+
+class SequenceView(msgspec.Struct, frozen=True):
+    """One live sequence. `tables` are block ids per KV group; -1 is behind the window."""
+
+    request_id: str
+    index: int
+    status: str
+    tokens: int
+    computed: int
+    preemptions: int
+    tables: list[list[int]]
+
+
+class CacheView(msgspec.Struct, frozen=True):
+    """The KV cache at one moment.
+
+    Attributes:
+        states: one byte per block: 0 free, 1 cached, 2 used, 3 used by several sequences.
+        tags: four bytes per block: the beginning of the hash it is found by, zeros without one.
+        windows: per KV group, 0 for full attention.
+        sequences: running ones, then waiting ones.
+    """
+
+    block_size: int
+    windows: list[int]
+    states: bytes
+    tags: bytes
+    sequences: list[SequenceView]
+
+
+class Inspection(msgspec.Struct, frozen=True, tag=True):
+    """Attributes:
+    problem: what `verify` found, or None.
+    """
+
+    id: int
+    view: CacheView
+    problem: str | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -157,5 +207,5 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TokenDelta] = []
 
 
-ToEngine = Submit | Abort | Shutdown
-FromEngine = Progress | Ready | StartFailed | StepOutput
+ToEngine = Submit | Abort | Inspect | Shutdown
+FromEngine = Progress | Ready | StartFailed | StepOutput | Inspection

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 Key = tuple[int, bytes]
 """What a full block holds: its KV group, and the chained hash of all tokens up to its end."""
 
+FREE, CACHED, USED, SHARED = range(4)
+TAG_BYTES = 4
+
 
 class BlockPool:
     """Reference counts over block ids 0..num_blocks-1, and an index from content to block.
@@ -27,6 +30,9 @@ class BlockPool:
     Attributes:
         num_evicted: blocks whose content was given up for another, since start.
         num_cached: free blocks whose content can still be found.
+        states: one byte per block: FREE, CACHED, USED (once) or SHARED. Kept up to date, so that a
+            look at the pool is a copy of it.
+        tags: TAG_BYTES bytes per block: the beginning of its hash, zeros without one.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -37,6 +43,8 @@ class BlockPool:
         self._key_of: dict[int, Key] = {}
         self._block_of: dict[Key, int] = {}
         self.num_evicted = self.num_cached = 0
+        self.states = bytearray(num_blocks)
+        self.tags = bytearray(num_blocks * TAG_BYTES)
 
     @property
     def num_blocks(self) -> int:
@@ -62,6 +70,7 @@ class BlockPool:
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._refs[block] = 1
+            self.states[block] = USED
             if block in self._key_of:
                 self._forget(block)
                 self.num_cached -= 1
@@ -77,6 +86,7 @@ class BlockPool:
                 del self._free[block]
                 self.num_cached -= 1
             self._refs[block] += 1
+            self.states[block] = USED if self._refs[block] == 1 else SHARED
 
     def drop(self, blocks: Iterable[int]) -> None:
         """Counts one use less of each of `blocks`; at zero a block is free."""
@@ -84,12 +94,16 @@ class BlockPool:
             if not self._refs[block]:
                 raise ValueError(f"block {block} is free already: it cannot be dropped")
             self._refs[block] -= 1
-            if not self._refs[block]:
-                self._free[block] = None
-                if block in self._key_of:
-                    self.num_cached += 1
-                else:
-                    self._free.move_to_end(block, last=False)
+            if self._refs[block]:
+                self.states[block] = USED if self._refs[block] == 1 else SHARED
+                continue
+            self._free[block] = None
+            if block in self._key_of:
+                self.num_cached += 1
+                self.states[block] = CACHED
+            else:
+                self._free.move_to_end(block, last=False)
+                self.states[block] = FREE
 
     def publish(self, block: int, key: Key) -> None:
         """From now on `block_of(key)` finds `block`, which is in use. Where another block holds the
@@ -99,6 +113,7 @@ class BlockPool:
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            self._tag(block, key[1][:TAG_BYTES])
 
     def holds(self, key: Key) -> bool:
         """Whether a block with this content can be found."""
@@ -117,9 +132,15 @@ class BlockPool:
         self._key_of.clear()
         self._block_of.clear()
         self.num_cached = 0
+        self.tags = bytearray(len(self.tags))
+        self.states = self.states.replace(bytes([CACHED]), bytes([FREE]))
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._key_of.pop(block)]
+        self._tag(block, bytes(TAG_BYTES))
+
+    def _tag(self, block: int, tag: bytes) -> None:
+        self.tags[block * TAG_BYTES : (block + 1) * TAG_BYTES] = tag
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold; O(num_blocks)."""
@@ -128,3 +149,7 @@ class BlockPool:
         assert free == self._free.keys(), "the free list and the reference counts disagree"
         assert {b: k for k, b in self._block_of.items()} == self._key_of, "index not one to one"
         assert self.num_cached == len(free & self._key_of.keys()), "cached blocks miscounted"
+        for block, refs in enumerate(self._refs):
+            known = block in self._key_of
+            state = min(refs + 1, SHARED) if refs else (CACHED if known else FREE)
+            assert self.states[block] == state, f"block {block}: state {self.states[block]}"

@@ -8,7 +8,7 @@ from engine.client import EngineClient
 from server import __version__, errors
 from server.edge import BodyLimit, HangUp, KeyGuard, RequestId
 from server.metrics import Metrics
-from server.routes import chat, completions, status
+from server.routes import chat, completions, debug, status
 from server.schemas import Limits
 from server.service import Service
 from server.tokenizer import TextModel
@@ -37,7 +37,7 @@ def create_app(
     metrics = Metrics(engine.stats, served_model_names[0])
     service = Service(engine, text, metrics, served_model_names, limits)
     app = FastAPI(title="Quire", version=__version__)
-    for module in (chat, completions, status):
+    for module in (chat, completions, debug, status):
         app.include_router(module.router(service))
     errors.install(app)
     # The last one added is the first one met.

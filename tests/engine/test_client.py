@@ -66,8 +66,24 @@ async def test_streams_side_by_side(kind: str, path: Path):
         assert (client.info.num_blocks, client.info.vocab_size) == (40, checkpoints.VOCAB_SIZE)
         got = await asyncio.gather(*(tokens(client, item) for item in items))
         assert dict(zip(want, got, strict=True)) == want
+        await _inspection(client)
         await _refusals(client)
         await _hang_ups(client)
+
+
+async def _inspection(client) -> None:
+    stream = await client.submit(request("seen", range(50, 90), max_tokens=400))
+    await anext(stream)
+    found = await client.inspect(verify=True)
+    assert found.problem is None
+    [seq] = found.view.sequences
+    assert (seq.request_id, seq.status) == ("seen", "running")
+    held = {block for table in seq.tables for block in table}
+    used = {block for block, state in enumerate(found.view.states) if state == 2}
+    assert held == used
+    assert len(found.view.states) == 40
+    await stream.aclose()
+    await idle(client)
 
 
 async def _refusals(client) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.client import EngineDead, RequestFailed
-from engine.protocol import EngineInfo, EngineStats, FinishReason, TokenDelta
+from engine.protocol import CacheView, EngineInfo, EngineStats, FinishReason, Inspection, TokenDelta
 from scheduler.request import InvalidRequest, Request
 
 INFO = EngineInfo(
@@ -39,6 +39,7 @@ class FakeEngine:
         refuse: raised instead of an admission.
         fail_after: steps after which a request fails.
         cached_tokens: prompt tokens that every request finds cached.
+        view, problem: what `inspect` answers.
         submitted, aborted, finished: what happened, in order.
     """
 
@@ -52,6 +53,8 @@ class FakeEngine:
     cached_tokens: int = 0
     alive: bool = True
     snapshot: EngineStats = field(default_factory=EngineStats)
+    view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
+    problem: str | None = None
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -121,6 +124,11 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return self.snapshot
+
+    async def inspect(self, *, verify: bool = False) -> Inspection:
+        if not self.alive:
+            raise EngineDead("it died")
+        return Inspection(0, self.view, self.problem if verify else None)
 
     async def close(self) -> None:
         self.alive = False
