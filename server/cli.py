@@ -1,4 +1,4 @@
-"""The command `quire`: serve, chat, bench, plan, health.
+"""The command `quire`: serve, chat, bench, plan, kv, health.
 
 This module is imported again by the spawned engine process and answers `--help`, so it imports
 nothing heavy: each command fetches what it needs when it runs.
@@ -83,6 +83,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     commands.add_parser("bench", help="Measure a server: tokens/s, TTFT, TPOT (own --help)")
     plan = command("plan", "Tell how much memory a model will take", plan_command.run)
     plan_command.add_arguments(plan)
+    kv = command("kv", "Show the KV blocks of a running server", _kv)
+    kv.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     health = command("health", "Ask a running server whether it is well", _health)
     health.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     health.add_argument("--timeout", type=float, default=3.0, help="seconds (default 3)")
@@ -95,12 +97,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     groups = {name: parser.add_argument_group(name, text) for name, text in SECTIONS.items()}
     for setting in FIELDS.values():
         default = f" (default {setting.default_text})" if setting.default_text else ""
+        text = (setting.description + default).replace("`", "").replace("%", "%%")
+        if isinstance(setting.default, bool):  # --enable-x and --no-enable-x
+            groups[setting.section].add_argument(
+                setting.flag,
+                dest=setting.name,
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=text,
+            )
+            continue
         groups[setting.section].add_argument(
             setting.flag,
             dest=setting.name,
             nargs="+" if setting.many else None,
             metavar="NAME" if setting.many else "VALUE",
-            help=(setting.description + default).replace("`", "").replace("%", "%%"),
+            help=text,
         )
 
 
@@ -137,6 +149,12 @@ def _chat(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         api_key=os.environ.get("QUIRE_API_KEY"),
     )
+
+
+def _kv(arguments: argparse.Namespace) -> int:
+    from server.kv_map import run
+
+    return run(arguments.url or _local_url(), os.environ.get("QUIRE_API_KEY"))
 
 
 def _health(arguments: argparse.Namespace) -> int:
