@@ -150,6 +150,10 @@ class CacheSettings(Section):
         AfterValidator(_block_size),
         Field(description="Tokens per KV block: 8, 16, 32, 64 or 128"),
     ] = 16
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8_e4m3", "int8", "int4"],
+        Field(description="Numbers in KV blocks: `auto` is `dtype`, others are smaller"),
+    ] = "auto"
     gpu_memory_utilization: Annotated[
         float,
         Field(gt=0, le=1, description="Share of GPU memory for weights, work space and KV blocks"),

@@ -75,6 +75,9 @@ def assemble(
     """Everything that follows once there is a model."""
     config, dtype = model.config, model.embed.weight.dtype
     backend = dispatch.backend(device)
+    format = _kv_format(settings.cache.kv_cache_dtype, dtype, model.head_dim)
+    if format.quantized and backend.name != "torch":
+        raise StartError(f"{format.dtype} pages are not built for {backend.name}")
     report("kernels", 0, 1, "compiling or loading from the cache")
     for window in sorted(set(model.layer_windows)):
         dispatch.warm_up(
@@ -87,6 +90,7 @@ def assemble(
             block_size=settings.cache.block_size,
             window=window,
             softcap=config.attention_softcap,
+            kv_format=format.dtype if format.quantized else None,
         )
     report("kernels", 1, 1, backend.name)
     limits = Limits(
@@ -100,7 +104,7 @@ def assemble(
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         groups=group_layers(model.layer_windows),
-        format=KVFormat(str(dtype).removeprefix("torch.")),
+        format=format,
     )
     layout = replace(layout, num_blocks=_num_blocks(settings, model, layout, limits, device))
     limits = _fit_context(limits, layout, settings.model.max_model_len)
@@ -157,6 +161,16 @@ def _set_threads(count: int | None) -> None:
     """One thread per core that this process may use, for torch and for the Numba kernels."""
     count = count or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
+
+
+def _kv_format(name: str, dtype: torch.dtype, head_dim: int) -> KVFormat:
+    format = KVFormat(str(dtype).removeprefix("torch.") if name == "auto" else name)
+    if not format.holds(head_dim):
+        raise StartError(
+            f"--kv-cache-dtype {name} needs a head size that 32 divides, the model's is "
+            f"{head_dim}: use int8"
+        )
+    return format
 
 
 def _context_length(wanted: int | None, config: ModelConfig) -> int:

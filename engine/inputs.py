@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.state import SlotState
 from kernels.dispatch import Backend
+from kernels.pages import Pages
 from models.context import ForwardContext, GroupTables
 from scheduler.plan import StepPlan
 
@@ -39,7 +40,7 @@ class InputBuilder:
     def __init__(
         self,
         state: SlotState,
-        pages: tuple[Tensor, ...],
+        pages: tuple[Pages, ...],
         layer_groups: tuple[int, ...],
         block_size: int,
         backend: Backend,

@@ -21,11 +21,22 @@ from typing import Any, Final
 from configs.settings import EMBEDDED, Settings, SettingsError, format_bytes, nearest
 from models import registry, shards
 from models.config import CheckpointError, ModelConfig
-from paged_cache.layout import VALUE_BYTES, KVFormat, KVLayout, group_layers, most_blocks
+from paged_cache.layout import (
+    CACHE_DTYPES,
+    QUANTIZED,
+    KVFormat,
+    KVLayout,
+    group_layers,
+    most_blocks,
+)
 
-CACHE_DTYPES: Final = tuple(VALUE_BYTES)
 AUTO: Final = "auto"
-_ALIASES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_ALIASES: Final = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "fp8_e4m3",
+}
 _WEIGHT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tensors of a checkpoint that no decoder loads.
 _NOT_LOADED: Final = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
@@ -108,7 +119,8 @@ class Plan:
     Attributes:
         dtype: of the weights in memory
         cache_dtype: the one that was asked for
-        caches: by cache dtype, all there are
+        caches: by cache dtype: that of the weights, the one asked for and the quantized ones, as
+            far as they hold heads of this size
     """
 
     model: Model
@@ -279,7 +291,7 @@ def plan(
 
     Args:
         prompt, output: tokens of every sequence.
-        cache_dtype: one of CACHE_DTYPES, or "auto" for that of the weights.
+        cache_dtype: one of CACHE_DTYPES, or "auto" for that of the settings.
 
     Raises:
         SettingsError: an unknown dtype, or memory that does not even hold the weights.
@@ -287,7 +299,8 @@ def plan(
     # "auto" is what the server makes of it on a GPU.
     dtype = "bfloat16" if settings.model.dtype == AUTO else settings.model.dtype
     weights = model.parameters * _WEIGHT_BYTES[dtype]
-    chosen = _cache_dtype(cache_dtype, dtype)
+    wanted = settings.cache.kv_cache_dtype if cache_dtype == AUTO else cache_dtype
+    chosen = _cache_dtype(wanted, dtype)
     context = _context(model, settings)
     left = None
     if memory is not None:
@@ -301,7 +314,10 @@ def plan(
             left,
         )
         for name in CACHE_DTYPES
+        if name in (dtype, chosen, *QUANTIZED) and KVFormat(name).holds(model.config.head_dim)
     }
+    if chosen not in caches:
+        raise SettingsError(f"{chosen} pages do not hold heads of {model.config.head_dim}")
     return Plan(
         model=model,
         context=context,

@@ -8,6 +8,7 @@ from engine.inputs import InputBuilder, StepInputs
 from engine.sampler import sample
 from engine.state import SlotState
 from kernels.dispatch import Backend
+from kernels.pages import Pages, QuantizedPages
 from models.decoder import CausalLM
 from paged_cache.layout import KVLayout
 from paged_cache.manager import BlockCopy
@@ -35,7 +36,7 @@ class Runner:
         )
         layer_groups = tuple(group for group, _ in layout.places)
         self.inputs = InputBuilder(
-            self.state, self.storage.pages, layer_groups, layout.block_size, backend
+            self.state, _pages(self.storage, layout), layer_groups, layout.block_size, backend
         )
 
     @torch.inference_mode()
@@ -66,3 +67,11 @@ class Runner:
         tokens = sample(logits, state, inputs.sampled_slots, host, inputs.uniforms)
         state.tokens[inputs.sampled_slots, inputs.sampled_at] = tokens.int()
         return tokens.tolist()  # type: ignore[no-any-return]
+
+
+def _pages(storage: KVStorage, layout: KVLayout) -> tuple[Pages, ...]:
+    """Per layer, what the kernels take."""
+    if not layout.format.quantized:
+        return storage.pages
+    name, size = layout.format.dtype, layout.block_size
+    return tuple(QuantizedPages(tiles, name, size, layout.head_dim) for tiles in storage.pages)

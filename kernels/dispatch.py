@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.pages import Pages, QuantizedPages, tile_bytes
+
 _MODULES = {
     "triton": (
         "kernels.store_kv",
@@ -64,12 +66,20 @@ def warm_up(
     block_size: int,
     window: int = 0,
     softcap: float = 0.0,
+    kv_format: str | None = None,
 ) -> None:
     """Compiles, or loads from the on-disk cache, every kernel that a model of this shape needs.
 
-    Runs each op once on two small sequences, so that no request waits for a compiler.
+    Runs each op once on two small sequences, so that no request waits for a compiler. Pages are
+    of `dtype` unless `kv_format` names one of `kernels.pages.FORMATS`.
     """
-    pages = torch.zeros(2, 3, kv_heads, block_size, head_dim, dtype=dtype, device=device)
+    pages: Pages
+    if kv_format is None:
+        pages = torch.zeros(2, 3, kv_heads, block_size, head_dim, dtype=dtype, device=device)
+    else:
+        size = tile_bytes(kv_format, block_size, head_dim)
+        tiles = torch.zeros(2, 3, kv_heads, size, dtype=torch.uint8, device=device)
+        pages = QuantizedPages(tiles, kv_format, block_size, head_dim)
     lengths = torch.tensor([1, block_size], dtype=torch.int32, device=device)
     tables = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
     options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}

@@ -14,25 +14,32 @@ Keys and values of one layer live in pages:
 import torch
 from torch import Tensor
 
+from kernels.pages import Codes, Pages, QuantizedPages, decode, encode, page_shape
 
-def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+
+def store_kv(key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
     """Writes new keys and values into their slots, in place.
 
     key, value    [tokens, kv_heads, head_dim], possibly strided views of a fused projection
-    pages         [2, num_blocks, kv_heads, block_size, head_dim]
+    pages         [2, num_blocks, kv_heads, block_size, head_dim], or `kernels.pages`
     slot_mapping  [tokens] int32 or int64; -1 skips the token (padding)
     """
     keep = slot_mapping >= 0
     slots = slot_mapping[keep].long()
-    block_size = pages.shape[3]
+    block_size = page_shape(pages)[1]
     block, offset = slots // block_size, slots % block_size
-    pages[0][block, :, offset] = key[keep].to(pages.dtype)
-    pages[1][block, :, offset] = value[keep].to(pages.dtype)
+    for half, numbers in enumerate((key[keep], value[keep])):
+        if isinstance(pages, QuantizedPages):
+            for part, row in zip(pages.parts, encode(numbers, pages.format), strict=True):
+                if row is not None:
+                    part[half][block, :, offset] = row
+        else:
+            pages[half][block, :, offset] = numbers.to(pages.dtype)
 
 
 def paged_decode(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     *,
@@ -45,7 +52,7 @@ def paged_decode(
     """Attention of one new token per sequence over its paged context.
 
     query            [seqs, heads, head_dim]; heads is a multiple of kv_heads
-    pages            [2, num_blocks, kv_heads, block_size, head_dim]
+    pages            [2, num_blocks, kv_heads, block_size, head_dim], or `kernels.pages`
     block_tables     [seqs, max_blocks] int32
     context_lens     [seqs] int32, tokens including the current one, whose K/V is already
                      stored; 0 marks a padded row, whose output is zeros
@@ -67,7 +74,7 @@ def paged_decode(
 
 def paged_prefill(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     query_start: Tensor,
@@ -101,11 +108,16 @@ def paged_prefill(
     return out
 
 
-def _gather(pages: Tensor, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+def _gather(pages: Pages, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
     """One sequence's keys and values, contiguous: each [kv_heads, context_len, head_dim]."""
-    _, _, kv_heads, block_size, head_dim = pages.shape
+    kv_heads, block_size, head_dim = page_shape(pages)
     blocks = block_table[: -(-context_len // block_size)].long()
-    rows = pages[:, blocks].transpose(1, 2)  # [2, kv_heads, blocks, block_size, head_dim]
+    if isinstance(pages, QuantizedPages):
+        parts = (part if part is None else part[:, blocks] for part in pages.parts)
+        rows = decode(Codes(*parts), pages.format)
+    else:
+        rows = pages[:, blocks]
+    rows = rows.transpose(1, 2)  # [2, kv_heads, blocks, block_size, head_dim]
     rows = rows.reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
     return rows[0], rows[1]
 
@@ -134,7 +146,7 @@ def _attend(
 def copy_blocks(blocks: Tensor, source: Tensor, target: Tensor) -> None:
     """Copies block source[i] to target[i] in every layer, in place.
 
-    blocks          [layers, 2, num_blocks, kv_heads, block_size, head_dim]
+    blocks          [layers, 2, num_blocks, kv_heads, ...], quantized or not
     source, target  int64 [copies]; no block is in both
     """
     blocks[:, :, target] = blocks[:, :, source]

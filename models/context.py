@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kernels.dispatch import Backend
+    from kernels.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class ForwardContext:
         max_query_len: longest chunk (1 if there are none)
         max_context_len: largest of context_lens
         groups: one per KV group; `layer_groups[layer]` says which one a layer uses
-        pages: per layer [2, num_blocks, kv_heads, block_size, head_dim]
+        pages: per layer [2, num_blocks, kv_heads, block_size, head_dim], or quantized ones
         backend: the attention kernels of this device
     """
 
@@ -54,7 +55,7 @@ class ForwardContext:
     max_context_len: int
     groups: tuple[GroupTables, ...]
     layer_groups: tuple[int, ...]
-    pages: tuple[Tensor, ...]
+    pages: tuple[Pages, ...]
     backend: Backend
 
     def attend(
@@ -104,7 +105,7 @@ class ForwardContext:
     def _decode(
         self,
         query: Tensor,
-        pages: Tensor,
+        pages: Pages,
         tables: Tensor,
         lens: Tensor,
         out: Tensor,

@@ -1,29 +1,56 @@
 """How many bytes KV blocks take and how many fit: pure arithmetic, no tensors.
 
-KV bytes per token = 2 (K and V) x layers x KV heads x head size x bytes per value.
+KV bytes per token = 2 (K and V) x layers x KV heads x bytes of one row of a head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PLAIN = ("float32", "float16", "bfloat16")
+QUANTIZED = ("fp8_e4m3", "int8", "int4")
+CACHE_DTYPES = PLAIN + QUANTIZED
+INT4_GROUP = 32
+"""Numbers of an int4 row that share a scale and a zero point."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """How one K or V value is stored. `dtype` is torch's name of it."""
+    """How K and V are stored. `dtype` is torch's name of a plain one, or one of QUANTIZED.
+
+    A quantized row is its codes, then a scale of 2 bytes; an int4 row has, per 32 numbers, such a
+    scale and a zero point of 1 byte (`kernels.pages` says what they mean):
+
+        head size 64    bfloat16 128    int8, fp8_e4m3 64 + 2    int4 32 + 2 x 3 bytes
+    """
 
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in VALUE_BYTES:
-            known = ", ".join(VALUE_BYTES)
+        if self.dtype not in CACHE_DTYPES:
+            known = ", ".join(CACHE_DTYPES)
             raise ValueError(f"KV cache dtype {self.dtype!r} is unknown (there are: {known})")
 
+    @property
+    def quantized(self) -> bool:
+        return self.dtype in QUANTIZED
+
+    def holds(self, head_dim: int) -> bool:
+        """Whether heads of this size can be stored: int4 needs whole groups."""
+        return self.dtype != "int4" or head_dim % INT4_GROUP == 0
+
     def bytes_per_head(self, head_dim: int) -> int:
-        """Bytes of one K (or V) row of one token and head."""
-        return head_dim * VALUE_BYTES[self.dtype]
+        """Bytes of one K (or V) row of one token and head, scales included.
+
+        Raises ValueError for a head size that this format does not hold.
+        """
+        if not self.holds(head_dim):
+            raise ValueError(f"int4 pages need a head size that {INT4_GROUP} divides: {head_dim}")
+        if self.dtype == "int4":
+            return head_dim // 2 + head_dim // INT4_GROUP * 3
+        if self.quantized:
+            return head_dim + 2
+        return head_dim * (4 if self.dtype == "float32" else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,7 @@ class KVLayout:
 
     A block holds one page per layer of its group; groups of fewer layers leave the rest unused.
     The pages of one place in a group are [2, num_blocks, kv_heads, block_size, head_dim]: one
-    (block, head) tile is contiguous.
+    (block, head) tile is contiguous. A quantized tile is [tile_bytes]: its codes, then its scales.
 
                head 0                 head 1
         K  block 0 | tok 0 d d d .. | tok 0 d d d .. |   block 1 | ...
@@ -121,10 +148,14 @@ class KVLayout:
         return tuple(group.window for group in self.groups)
 
     @property
+    def bytes_per_tile(self) -> int:
+        """K or V of one block and one head in one layer."""
+        return self.block_size * self.format.bytes_per_head(self.head_dim)
+
+    @property
     def bytes_per_page(self) -> int:
         """K and V of one block in one layer."""
-        per_head = self.format.bytes_per_head(self.head_dim)
-        return 2 * self.block_size * self.kv_heads * per_head
+        return 2 * self.kv_heads * self.bytes_per_tile
 
     @property
     def bytes_per_block(self) -> int:

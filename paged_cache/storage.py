@@ -12,21 +12,20 @@ class KVStorage:
     """All pages in one allocation.
 
     Attributes:
-        blocks: [pages_per_block, 2, num_blocks, kv_heads, block_size, head_dim]
-        pages: per layer, its view [2, num_blocks, kv_heads, block_size, head_dim]; layers of
-            different groups share one, because no block belongs to both
+        blocks: [pages_per_block, 2, num_blocks, kv_heads, block_size, head_dim]; quantized ones
+            are bytes, [pages_per_block, 2, num_blocks, kv_heads, bytes_per_tile]
+        pages: per layer, its view of `blocks`; layers of different groups share one, because no
+            block belongs to both
     """
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
-        shape = (
-            layout.pages_per_block,
-            2,
-            layout.num_blocks,
-            layout.kv_heads,
-            layout.block_size,
-            layout.head_dim,
-        )
-        dtype: torch.dtype = getattr(torch, layout.format.dtype)
+        tile: tuple[int, ...] = (layout.block_size, layout.head_dim)
+        dtype: torch.dtype = torch.uint8
+        if layout.format.quantized:
+            tile = (layout.bytes_per_tile,)
+        else:
+            dtype = getattr(torch, layout.format.dtype)
+        shape = (layout.pages_per_block, 2, layout.num_blocks, layout.kv_heads, *tile)
         # Zeros, not garbage: a tile is loaded whole and its unused rows are masked by a product
         # with 0, which a stray NaN would survive. On CPUs the system hands zero pages out lazily.
         self.blocks: Tensor = torch.zeros(shape, dtype=dtype, device=device)

@@ -3,10 +3,13 @@
 Every slot that no token owns holds NaN, so a kernel that lets stale memory into a result fails.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from kernels import reference
+from kernels.pages import Codes, Pages, QuantizedPages, decode, page_shape, tile_bytes
 
 
 @dataclass
@@ -14,7 +17,7 @@ class Problem:
     """One call of an attention op, with each sequence's dense keys and values beside it."""
 
     query: Tensor  # [tokens, heads, head_dim]
-    pages: Tensor  # [2, num_blocks, kv_heads, block_size, head_dim]
+    pages: Pages  # [2, num_blocks, kv_heads, block_size, head_dim]
     tables: Tensor  # [seqs, max_blocks] int32
     lens: Tensor  # [seqs] int32
     starts: Tensor  # [seqs + 1] int32
@@ -25,8 +28,14 @@ class Problem:
         return self.query.shape[2] ** -0.5
 
     def to(self, device: torch.device) -> "Problem":
-        tensors = (self.query, self.pages, self.tables, self.lens, self.starts)
-        return Problem(*(tensor.to(device) for tensor in tensors), self.dense)
+        pages = self.pages
+        if isinstance(pages, QuantizedPages):
+            pages = replace(pages, tiles=pages.tiles.to(device))
+        else:
+            pages = pages.to(device)
+        tensors = (self.tables, self.lens, self.starts)
+        rest = (tensor.to(device) for tensor in tensors)
+        return Problem(self.query.to(device), pages, *rest, self.dense)
 
 
 def make(
@@ -60,10 +69,37 @@ def make(
     return Problem(query, pages, tables, torch.tensor(lens, dtype=torch.int32), starts, dense)
 
 
+def empty_pages(
+    name: str, num_blocks: int, kv_heads: int, block_size: int, head_dim: int
+) -> QuantizedPages:
+    """Pages whose every byte is 0xff: scales are NaN, and so are the codes of fp8."""
+    size = tile_bytes(name, block_size, head_dim)
+    tiles = torch.full((2, num_blocks, kv_heads, size), 255, dtype=torch.uint8)
+    return QuantizedPages(tiles, name, block_size, head_dim)
+
+
+def quantized(problem: Problem, name: str) -> Problem:
+    """The same problem on quantized pages. `dense` holds what the pages stand for, so that the
+    attention kernels are compared without the loss of the codec."""
+    _, num_blocks, kv_heads, block_size, head_dim = problem.pages.shape
+    pages = empty_pages(name, num_blocks, kv_heads, block_size, head_dim)
+    dense = []
+    for table, rows in zip(problem.tables, problem.dense, strict=True):
+        at = torch.arange(rows.shape[1])
+        blocks, offsets = table[at // block_size].long(), at % block_size
+        reference.store_kv(rows[0], rows[1], pages, blocks * block_size + offsets)
+        parts = (
+            None if part is None else part.transpose(2, 3)[:, blocks, offsets]
+            for part in pages.parts
+        )
+        dense.append(decode(Codes(*parts), name))
+    return replace(problem, pages=pages, dense=dense)
+
+
 def naive(problem: Problem, window: int = 0, softcap: float = 0.0) -> Tensor:
     """The answer in float64, from the dense tensors."""
     tokens, heads, head_dim = problem.query.shape
-    group = heads // problem.pages.shape[2]
+    group = heads // page_shape(problem.pages)[0]
     answer = torch.zeros(tokens, heads, head_dim, dtype=torch.float64)
     bounds = problem.starts.tolist()
     for i, rows in enumerate(problem.dense):

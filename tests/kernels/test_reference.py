@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.pages import FORMATS
 from tests.kernels import problems
 
 SHAPES = [(1, 1, 64, 16), (8, 8, 80, 16), (8, 2, 128, 64), (14, 2, 96, 16), (4, 2, 24, 5)]
@@ -26,6 +27,18 @@ def test_prefill(shape, options):
     problem = problems.make(*shape, LENS, [1, 4, 0, 16, 3, 33])
     got = problems.run_prefill(reference.paged_prefill, problem, **options)
     assert problems.error(got, problems.naive(problem, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] % 32 == 0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_pages(shape, name):
+    for options in OPTIONS:
+        problem = problems.quantized(problems.make(*shape, LENS), name)
+        got = problems.run_decode(reference.paged_decode, problem, **options)
+        assert problems.error(got, problems.naive(problem, **options)) < 1e-5
+        problem = problems.quantized(problems.make(*shape, LENS, [1, 4, 0, 16, 3, 33]), name)
+        got = problems.run_prefill(reference.paged_prefill, problem, **options)
+        assert problems.error(got, problems.naive(problem, **options)) < 1e-5
 
 
 def test_float64_stays_float64():

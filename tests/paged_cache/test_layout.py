@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from paged_cache.layout import KVFormat, KVGroup, KVLayout, group_layers
+from paged_cache.layout import QUANTIZED, KVFormat, KVGroup, KVLayout, group_layers
 from paged_cache.storage import KVStorage
 
 
@@ -34,6 +34,30 @@ def test_storage_takes_exactly_the_planned_bytes(dtype: str):
     assert len(storage.pages) == 3
     assert storage.pages[0].shape == (2, 5, 2, 32, 80)
     assert storage.pages[0].dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 96])
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_quantized_storage_takes_exactly_the_planned_bytes(dtype: str, head_dim: int):
+    shape = layout(3, 2, head_dim, dtype, blocks=5, block_size=8)
+    storage = KVStorage(shape, torch.device("cpu"))
+    assert storage.num_bytes == shape.num_bytes == 5 * shape.bytes_per_block
+    assert storage.pages[0].shape == (2, 5, 2, 8 * shape.format.bytes_per_head(head_dim))
+    assert storage.pages[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("dtype", "gain"), [("int8", 1.9), ("fp8_e4m3", 1.9), ("int4", 3.3)])
+def test_the_same_bytes_hold_more_tokens(dtype: str, gain: float):
+    for head_dim in (64, 128):
+        plain, small = (layout(4, 2, head_dim, name) for name in ("bfloat16", dtype))
+        memory = 1 << 30
+        assert small.blocks_in(memory) >= gain * plain.blocks_in(memory)
+
+
+def test_int4_needs_whole_groups():
+    assert not KVFormat("int4").holds(80)
+    with pytest.raises(ValueError, match="32 divides: 80"):
+        KVFormat("int4").bytes_per_head(80)
 
 
 def test_every_layer_has_a_group_and_a_place_in_its_blocks():
