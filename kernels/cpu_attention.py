@@ -17,21 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import cpu_simd
-from kernels.cpu_kernels import JOB, TOKENS_PER_STORE, build
+from kernels import cpu_formats, cpu_pages, cpu_simd, cpu_vectors
+from kernels.cpu_kernels import build
+from kernels.cpu_pages import JOB, TOKENS_PER_STORE
+from kernels.pages import Pages, QuantizedPages, row_bytes
 
 _FORMATS = {
-    torch.float32: cpu_simd.FLOAT32,
-    torch.bfloat16: cpu_simd.BFLOAT16,
-    torch.float16: cpu_simd.FLOAT16,
+    torch.float32: cpu_formats.FLOAT32,
+    torch.bfloat16: cpu_formats.BFLOAT16,
+    torch.float16: cpu_formats.FLOAT16,
+}
+_CODES = {
+    "int8": cpu_formats.INT8,
+    "fp8_e4m3": cpu_formats.FP8,
+    "int4": cpu_formats.INT4,
 }
 WORK_PER_THREAD = 1 << 19  # numbers of K/V that are worth waking another thread: 0.1 to 0.2 ms
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
     """Writes new keys and values into their slots, in place (see `kernels.reference`)."""
-    key, value = _rows(key.to(pages.dtype)), _rows(value.to(pages.dtype))
+    dtype = key.dtype if isinstance(pages, QuantizedPages) else pages.dtype
+    key, value = _rows(key.to(dtype)), _rows(value.to(dtype))
     slots = slot_mapping.to(torch.int32).contiguous()
     job = _job(
         pages,
@@ -39,6 +47,7 @@ def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) ->
         key_stride=key.stride(0),
         value=value.data_ptr(),
         value_stride=value.stride(0),
+        source_format=_FORMATS[dtype],
         slots=slots.data_ptr(),
         tokens=len(key),
     )
@@ -47,7 +56,7 @@ def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) ->
 
 def paged_decode(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     *,
@@ -63,7 +72,7 @@ def paged_decode(
 
 def paged_prefill(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     query_start: Tensor,
@@ -108,7 +117,7 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
     plan(job.ctypes.data)
     rows = int(job["rows"])
     if rows:
-        width = -(-query.shape[2] // cpu_simd.LANES) * cpu_simd.LANES + cpu_simd.LANES
+        width = -(-query.shape[2] // cpu_vectors.LANES) * cpu_vectors.LANES + cpu_vectors.LANES
         partial = torch.empty(rows, width, dtype=torch.float32)
         job["partial"] = partial.data_ptr()
     shares = -(-int(job["work"]) // WORK_PER_THREAD)
@@ -126,27 +135,54 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _job(pages: Tensor, **fields) -> np.ndarray:
-    _, _, kv_heads, block_size, head_dim = pages.shape
+def _job(pages: Pages, **fields) -> np.ndarray:
     job = np.zeros((), JOB)
-    fields |= {
-        "address": job.ctypes.data,
-        "kv_heads": kv_heads,
-        "block_size": block_size,
-        "head_dim": head_dim,
-        "pages": pages.data_ptr(),
-        "page_format": _FORMATS[pages.dtype],
-        "values": pages.stride(0),
-    }
+    fields |= _quantized(pages) if isinstance(pages, QuantizedPages) else _plain(pages)
+    fields["address"] = job.ctypes.data
     for name, value in fields.items():
         job[name] = value
     return job
 
 
+def _plain(pages: Tensor) -> dict[str, float]:
+    _, _, kv_heads, block_size, head_dim = pages.shape
+    row = head_dim * pages.itemsize
+    return {
+        "kv_heads": kv_heads,
+        "block_size": block_size,
+        "head_dim": head_dim,
+        "pages": pages.data_ptr(),
+        "page_format": _FORMATS[pages.dtype],
+        "values": pages.stride(0) * pages.itemsize,
+        "tile_bytes": block_size * row,
+        "row_bytes": row,
+    }
+
+
+def _quantized(pages: QuantizedPages) -> dict[str, float]:
+    row, groups = row_bytes(pages.format, pages.head_dim)
+    return {
+        "kv_heads": pages.tiles.shape[2],
+        "block_size": pages.block_size,
+        "head_dim": pages.head_dim,
+        "pages": pages.tiles.data_ptr(),
+        "page_format": _CODES[pages.format],
+        "values": pages.tiles.stride(0),
+        "tile_bytes": pages.tiles.shape[3],
+        "row_bytes": row,
+        "scales_at": pages.block_size * row,
+        "zeros_at": pages.block_size * (row + 2 * groups),
+        "groups": groups,
+        "unit": cpu_formats.FP8_UNIT if pages.format == "fp8_e4m3" else 1.0,
+    }
+
+
 @cache
 def _workers():
     """The compiled C functions: plan, attend, combine, store."""
-    primitives = hashlib.sha256(Path(cpu_simd.__file__).read_bytes()).hexdigest()
+    modules = (cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
+    sources = b"".join(Path(module.__file__).read_bytes() for module in modules)
+    primitives = hashlib.sha256(sources).hexdigest()
     return tuple(_WORKER(function.address) for function in build(primitives))
 
 

@@ -20,70 +20,50 @@ rest of the batch.
 """
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, cfunc, types
 
+from kernels.cpu_formats import FLOAT32, GROUP, INT4, load_row, store_row
+from kernels.cpu_pages import (
+    AHEAD,
+    RECORD,
+    address,
+    fold_scales,
+    gather,
+    grid_size,
+    helper,
+    load_grids,
+    num_bytes,
+    prefetch_tokens,
+    scratch,
+    store_tokens,
+    tile_of,
+)
 from kernels.cpu_simd import (
-    FLOAT32,
-    LANES,
-    LOG2E,
-    LOWEST,
     copy_bytes,
     dot_tile,
     float_pointer,
-    load_row,
     multiply_tile,
-    prefetch,
     read_int32,
     row_exp2,
     row_max,
     softcap_row,
     softmax_columns,
-    store_row,
     take,
     write_int32,
 )
+from kernels.cpu_vectors import LANES, LOG2E, LOWEST
 
 CHUNK = 512
-AHEAD = 32  # tokens between use and prefetch, which the hardware cannot guess across blocks
 FEW_ROWS = 16
 TILE_ROWS = 64
 TILE_TOKENS = 64
 
-_INTEGERS = (
-    *("address", "tasks", "rows", "work", "seqs", "heads", "kv_heads", "head_dim", "block_size"),
-    *("max_blocks", "window", "query", "query_format", "query_stride", "out", "out_stride"),
-    *("pages", "page_format", "values", "tables", "lens", "starts"),
-    *("first_task", "first_row", "partial"),
-    *("key", "key_stride", "value", "value_stride", "slots", "tokens"),
-)
-JOB = np.dtype(
-    [("next", np.int64), ("pad", np.int64, 7)]  # the counter has a cache line of its own
-    + [(name, np.int64) for name in _INTEGERS]
-    + [("scale", np.float64), ("softcap", np.float64)]
-)
-_JOB = from_dtype(JOB)
-_WORKER = types.void(types.CPointer(_JOB))
-_helper = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-TOKENS_PER_STORE = 128
+_WORKER = types.void(types.CPointer(RECORD))
 
 
-@_helper
-def _scratch(floats):
-    """Uninitialized float32 scratch that starts on a cache line."""
-    raw = np.empty(floats + LANES, np.float32)
-    skip = (-(raw.ctypes.data // 4)) % LANES
-    return raw[skip : skip + floats]
-
-
-@_helper
-def _address(array, at):
-    return array.ctypes.data + at * 4
-
-
-@_helper
-def _dots(fmt, queries, rows, keys, dim, out, stride):
+@helper
+def _dots(fmt, queries, rows, keys, grid, dim, out, stride):
     """out[r, :16] = queries[r] . keys[0..15]; queries are float32, `dim` a multiple of LANES."""
-    size = 4 if fmt == FLOAT32 else 2
     r = 0
     while r < rows:
         height = 4 if rows - r >= 4 else (2 if rows - r >= 2 else 1)
@@ -94,8 +74,9 @@ def _dots(fmt, queries, rows, keys, dim, out, stride):
                 fmt,
                 queries + r * dim * 4,
                 dim,
-                keys + t * dim * size,
+                keys + num_bytes(fmt, t * dim),
                 dim,
+                grid + t * (dim // GROUP) * 4,
                 dim // LANES,
                 out + (r * stride + t) * 4,
                 stride,
@@ -103,13 +84,13 @@ def _dots(fmt, queries, rows, keys, dim, out, stride):
         r += height
 
 
-@_helper
-def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, rows, columns, depth, keep):
+@helper
+def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, grid, rows, columns, depth, keep):
     """C [rows, columns] (+)= A [rows, depth] @ B [depth, columns]; `columns` in whole vectors."""
-    size = 4 if fmt == FLOAT32 else 2
+    narrow = 2 if fmt == INT4 else 1
     j = 0
     while j < columns:
-        vecs = 4 if columns - j >= 4 * LANES else 1
+        vecs = 4 if columns - j >= 4 * LANES else narrow
         i = 0
         while i < rows:
             height = 4 if rows - i >= 4 else (2 if rows - i >= 2 else 1)
@@ -122,8 +103,9 @@ def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, rows, columns, depth, keep):
                 a + i * a_row * 4,
                 a_row,
                 a_col,
-                b + j * size,
+                b + num_bytes(fmt, j),
                 ldb,
+                grid + j // GROUP * 4,
                 depth,
                 keep,
             )
@@ -131,7 +113,7 @@ def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, rows, columns, depth, keep):
         j += vecs * LANES
 
 
-@_helper
+@helper
 def _chunk_of(job, seq):
     """(first query row, queries, context length) of one sequence."""
     context = read_int32(job.lens, seq)
@@ -141,17 +123,17 @@ def _chunk_of(job, seq):
     return start, read_int32(job.starts, seq + 1) - start, context
 
 
-@_helper
+@helper
 def _first_seen(job, position):
     return max(0, position - job.window + 1) if job.window > 0 else 0
 
 
-@_helper
+@helper
 def _first_chunk(job, queries, context):
     return _first_seen(job, context - queries) // CHUNK
 
 
-@_helper
+@helper
 def _plan(job):
     """Counts tasks, rows of partial results and work, and zeros the output of padded decode rows.
 
@@ -182,16 +164,16 @@ def _plan(job):
     job.tasks, job.rows, job.work = tasks, rows, work
 
 
-@_helper
+@helper
 def _store_zeros(job, row):
     count = job.heads * job.head_dim
     zeros = np.zeros(count, np.float32)
-    size = 4 if job.query_format == FLOAT32 else 2
+    size = num_bytes(job.query_format, 1)
     target = job.out + row * job.out_stride * size
-    store_row(job.query_format, _address(zeros, 0), target, count, np.float32(1))
+    store_row(job.query_format, address(zeros, 0), target, count, np.float32(1))
 
 
-@_helper
+@helper
 def _owner(job, task):
     """The sequence that a task belongs to: the last whose first task is not after it."""
     low, high = 0, job.seqs
@@ -204,16 +186,8 @@ def _owner(job, task):
     return low
 
 
-@_helper
-def _page(job, table, head, token):
-    """Index of the first number of `token`'s key in the pages."""
-    block = read_int32(table, token // job.block_size)
-    row = (block * job.kv_heads + head) * job.block_size + token % job.block_size
-    return row * job.head_dim
-
-
-@_helper
-def _few_rows(job, seq, head, chunk, queries, scores, acc, tile):
+@helper
+def _few_rows(job, seq, head, chunk, queries, scores, acc, tile, grid):
     """One chunk of context for all query rows of one K/V head.
 
     Leaves in acc [rows, width + LANES] the weighted sum of values, the maximum score and the sum
@@ -223,103 +197,104 @@ def _few_rows(job, seq, head, chunk, queries, scores, acc, tile):
     group, dim = job.heads // job.kv_heads, job.head_dim
     rows, width = count * group, (dim + LANES - 1) // LANES * LANES
     table = job.tables + seq * job.max_blocks * 4
-    size = 4 if job.page_format == FLOAT32 else 2
-    direct = dim == width and job.block_size % LANES == 0
     first = max(chunk * CHUNK, _first_seen(job, context - count))
     origin, end = first // LANES * LANES, min((chunk + 1) * CHUNK, context)
 
     _load_queries(job, start, head, rows, queries, width)
-    for token in range(origin, end, LANES):
-        if direct:
-            fmt, keys = job.page_format, job.pages + _page(job, table, head, token) * size
-            _prefetch(job, job.pages, table, head, token + AHEAD, end)
-        else:
-            fmt, keys = FLOAT32, _address(tile, 0)
-            _gather(job, job.pages, table, head, token, min(LANES, context - token), tile, width)
-        out = _address(scores, token - origin)
-        _dots(fmt, _address(queries, 0), rows, keys, width, out, CHUNK)
+    _score_keys(job, table, head, origin, end, context, rows, width, queries, scores, tile, grid)
 
     span = (end - origin + LANES - 1) // LANES
     for r in range(rows):
         line = scores[r * CHUNK : r * CHUNK + span * LANES]
         if job.softcap > 0:
-            softcap_row(_address(line, 0), span, np.float32(job.softcap), np.float32(LOG2E))
+            softcap_row(address(line, 0), span, np.float32(job.softcap), np.float32(LOG2E))
         position = context - count + r // group
         line[: max(0, min(end, _first_seen(job, position)) - origin)] = -np.inf
         line[max(0, min(end, position + 1) - origin) :] = -np.inf
-        top = row_max(_address(line, 0), span)
+        top = row_max(address(line, 0), span)
         acc[r * (width + LANES) + width] = top
-        acc[r * (width + LANES) + width + 1] = row_exp2(_address(line, 0), span, top)
+        acc[r * (width + LANES) + width + 1] = row_exp2(address(line, 0), span, top)
 
-    _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile)
+    _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile, grid)
 
 
-@_helper
-def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile):
+@helper
+def _in_place(job, width):
+    """Whether LANES tokens always lie in one block, in rows of whole vectors."""
+    return job.head_dim == width and job.block_size % LANES == 0
+
+
+@helper
+def _score_keys(job, table, head, origin, end, context, rows, width, queries, scores, tile, grid):
+    """scores[r, token - origin] of the tokens [origin, end), in whole vectors."""
+    q, g = address(queries, 0), address(grid, 0)
+    for token in range(origin, end, LANES):
+        out = address(scores, token - origin)
+        if _in_place(job, width):
+            place, offset = tile_of(job, job.pages, table, head, token)
+            prefetch_tokens(job, job.pages, table, head, token + AHEAD, end)
+            load_grids(job, place, offset, LANES, g)
+            keys = place + offset * job.row_bytes
+            _dots(job.page_format, q, rows, keys, g, width, out, CHUNK)
+            fold_scales(job, place, offset, out, CHUNK, rows)
+        else:
+            n = min(LANES, context - token)
+            gather(job, job.pages, table, head, token, n, tile, width, grid)
+            _dots(FLOAT32, q, rows, address(tile, 0), g, width, out, CHUNK)
+
+
+@helper
+def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile, grid):
     """acc[r, :width] = sum over tokens [first, end) of scores[r, token - origin] * value."""
-    size = 4 if job.page_format == FLOAT32 else 2
-    direct = job.head_dim == width and job.block_size % LANES == 0
-    base = job.pages + job.values * size
+    base, stride = job.pages + job.values, width + LANES
+    c, g = address(acc, 0), address(grid, 0)
     token = first
     while token < end:
-        if direct:
+        a, keep = address(scores, token - origin), int(token > first)
+        if _in_place(job, width):
             run = min(end - token, LANES - token % LANES)
-            fmt, values = job.page_format, base + _page(job, table, head, token) * size
-            _prefetch(job, base, table, head, token + AHEAD, end)
+            place, offset = tile_of(job, base, table, head, token)
+            prefetch_tokens(job, base, table, head, token + AHEAD, end)
+            load_grids(job, place, offset, run, g)
+            values, early = place + offset * job.row_bytes, token % LANES
+            # Whole vectors: what is scaled beside the run is not used.
+            fold_scales(job, place, offset - early, a - early * 4, CHUNK, rows)
+            fmt = job.page_format
+            _multiply(c, stride, a, CHUNK, 1, fmt, values, width, g, rows, width, run, keep)
         else:
             run = min(end - token, LANES)
-            fmt, values = FLOAT32, _address(tile, 0)
-            _gather(job, base, table, head, token, run, tile, width)
-        a, c, keep = _address(scores, token - origin), _address(acc, 0), int(token > first)
-        _multiply(c, width + LANES, a, CHUNK, 1, fmt, values, width, rows, width, run, keep)
+            gather(job, base, table, head, token, run, tile, width, grid)
+            b = address(tile, 0)
+            _multiply(c, stride, a, CHUNK, 1, FLOAT32, b, width, g, rows, width, run, keep)
         token += run
 
 
-@_helper
-def _prefetch(job, base, table, head, token, end):
-    """Brings the LANES tokens that `token` falls among into the cache."""
-    if token < end:
-        size = 4 if job.page_format == FLOAT32 else 2
-        start = base + _page(job, table, head, token // LANES * LANES) * size
-        prefetch(start, LANES * job.head_dim * size)
-
-
-@_helper
+@helper
 def _load_queries(job, start, head, rows, queries, width):
     """Rows of one K/V head's queries as float32, scaled for base-2 softmax (or for softcap)."""
     group, dim = job.heads // job.kv_heads, job.head_dim
     factor = np.float32(job.scale * (1.0 if job.softcap > 0 else LOG2E))
-    size = 4 if job.query_format == FLOAT32 else 2
+    size = num_bytes(job.query_format, 1)
     for r in range(rows):
         index = (start + r // group) * job.query_stride + (head * group + r % group) * dim
-        to = _address(queries, r * width)
+        to = address(queries, r * width)
         load_row(job.query_format, job.query + index * size, to, dim, factor)
 
 
-@_helper
-def _gather(job, base, table, head, token, count, tile, width):
-    """Converts `count` tokens of one head to float32 rows of `width`, whatever their blocks."""
-    size = 4 if job.page_format == FLOAT32 else 2
-    for t in range(count):
-        source = base + _page(job, table, head, token + t) * size
-        to = _address(tile, t * width)
-        load_row(job.page_format, source, to, job.head_dim, np.float32(1))
-
-
-@_helper
+@helper
 def _store_rows(job, start, head, rows, acc, stride, totals, step):
     """Writes acc[r] / total[r] to the output."""
     group, dim = job.heads // job.kv_heads, job.head_dim
-    size = 4 if job.query_format == FLOAT32 else 2
+    size = num_bytes(job.query_format, 1)
     for r in range(rows):
         index = (start + r // group) * job.out_stride + (head * group + r % group) * dim
         factor = np.float32(1) / totals[r * step]
         target = job.out + index * size
-        store_row(job.query_format, _address(acc, r * stride), target, dim, factor)
+        store_row(job.query_format, address(acc, r * stride), target, dim, factor)
 
 
-@_helper
-def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, scores, acc):
+@helper
+def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, scores, acc, grid):
     """One tile of queries of one K/V head against everything it sees."""
     start, count, context = _chunk_of(job, seq)
     group, dim = job.heads // job.kv_heads, job.head_dim
@@ -334,12 +309,12 @@ def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, 
     tops[:padded], totals[:padded], acc[: padded * width] = LOWEST, 0, 0
     _transpose_queries(job, start + begin, head, rows, padded, queries, keys, width)
     end = position + rows // group
-    values = job.pages + job.values * (4 if job.page_format == FLOAT32 else 2)
+    values = job.pages + job.values
     for token in range(_first_seen(job, position), end, TILE_TOKENS):
         n = min(TILE_TOKENS, end - token)
-        _gather(job, job.pages, table, head, token, n, keys, width)
-        k, q, s = _address(keys, 0), _address(queries, 0), _address(scores, 0)
-        _multiply(s, padded, k, width, 1, FLOAT32, q, padded, n, padded, width, 0)
+        gather(job, job.pages, table, head, token, n, keys, width, grid)
+        k, q, s = address(keys, 0), address(queries, 0), address(scores, 0)
+        _multiply(s, padded, k, width, 1, FLOAT32, q, padded, s, n, padded, width, 0)
         if job.softcap > 0:
             softcap_row(s, n * padded // LANES, np.float32(job.softcap), np.float32(LOG2E))
         _mask(job, scores, padded, token, n, position, group)
@@ -348,20 +323,20 @@ def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, 
             padded,
             n,
             padded // LANES,
-            _address(tops, 0),
-            _address(totals, 0),
-            _address(decays, 0),
+            address(tops, 0),
+            address(totals, 0),
+            address(decays, 0),
         )
         for r in range(rows):
             if decays[r] != 1:
-                a = _address(acc, r * width)
+                a = address(acc, r * width)
                 load_row(FLOAT32, a, a, width, decays[r])
-        _gather(job, values, table, head, token, n, keys, width)
-        _multiply(_address(acc, 0), width, s, 1, padded, FLOAT32, k, width, rows, width, n, 1)
+        gather(job, values, table, head, token, n, keys, width, grid)
+        _multiply(address(acc, 0), width, s, 1, padded, FLOAT32, k, width, s, rows, width, n, 1)
     _store_rows(job, start + begin, head, rows, acc, width, totals, 1)
 
 
-@_helper
+@helper
 def _transpose_queries(job, start, head, rows, padded, transposed, line, width):
     """transposed[d, r] = the scaled query rows; columns beyond `rows` are zeros."""
     group = job.heads // job.kv_heads
@@ -373,7 +348,7 @@ def _transpose_queries(job, start, head, rows, padded, transposed, line, width):
                 transposed[d * padded + first + g] = line[g * width + d]
 
 
-@_helper
+@helper
 def _mask(job, scores, padded, token, count, position, group):
     """Hides from every query what it does not see: whole prefixes and suffixes of columns."""
     for t in range(count):
@@ -384,15 +359,16 @@ def _mask(job, scores, padded, token, count, position, group):
             scores[t * padded + left : (t + 1) * padded] = -np.inf
 
 
-@_helper
+@helper
 def _attend(job):
     """Takes tasks until none is left."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
     tile = max(FEW_ROWS, (max(TILE_ROWS, group) + LANES - 1) // LANES * LANES)
-    tops, totals, decays = _scratch(tile), _scratch(tile), _scratch(tile)
-    queries, keys = _scratch(tile * width), _scratch(max(TILE_TOKENS, tile) * width)
-    scores, acc = _scratch(tile * CHUNK), _scratch(tile * (width + LANES))
+    tops, totals, decays = scratch(tile), scratch(tile), scratch(tile)
+    queries, keys = scratch(tile * width), scratch(max(TILE_TOKENS, tile) * width)
+    scores, acc = scratch(tile * CHUNK), scratch(tile * (width + LANES))
+    grid = scratch(grid_size(job))
     while True:
         task = take(job.address)
         if task >= job.tasks:
@@ -403,25 +379,25 @@ def _attend(job):
         start, count, context = _chunk_of(job, seq)
         rows, stride = count * group, width + LANES
         if rows > FEW_ROWS:
-            _many_rows(job, seq, head, part, tops, totals, decays, queries, keys, scores, acc)
+            _many_rows(job, seq, head, part, tops, totals, decays, queries, keys, scores, acc, grid)
             continue
         chunk = part + _first_chunk(job, count, context)
-        _few_rows(job, seq, head, chunk, queries, scores, acc, keys)
+        _few_rows(job, seq, head, chunk, queries, scores, acc, keys, grid)
         row = read_int32(job.first_row, seq)
         if read_int32(job.first_row, seq + 1) == row:
             _store_rows(job, start, head, rows, acc, stride, acc[width + 1 :], stride)
         else:
             target = job.partial + (row + task * rows) * stride * 4
-            copy_bytes(target, _address(acc, 0), rows * stride * 4)
+            copy_bytes(target, address(acc, 0), rows * stride * 4)
 
 
-@_helper
+@helper
 def _combine(job):
     """Folds the partial results of contexts that span several chunks, in the order of chunks."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
     stride = width + LANES
-    acc, totals = _scratch(FEW_ROWS * stride), _scratch(FEW_ROWS)
+    acc, totals = scratch(FEW_ROWS * stride), scratch(FEW_ROWS)
     while True:
         task = take(job.address)
         if task >= job.seqs * job.kv_heads:
@@ -450,33 +426,10 @@ def _combine(job):
         _store_rows(job, start, head, rows, acc, stride, totals, 1)
 
 
-@_helper
-def _store(job):
-    """Copies new keys and values into their slots, TOKENS_PER_STORE tokens per task."""
-    size = 4 if job.page_format == FLOAT32 else 2
-    count = job.head_dim * size
-    while True:
-        first = take(job.address) * TOKENS_PER_STORE
-        if first >= job.tokens:
-            return
-        for token in range(first, min(first + TOKENS_PER_STORE, job.tokens)):
-            slot = read_int32(job.slots, token)
-            if slot < 0:
-                continue
-            block, offset = slot // job.block_size, slot % job.block_size
-            for head in range(job.kv_heads):
-                row = (block * job.kv_heads + head) * job.block_size + offset
-                target = job.pages + row * count
-                key = job.key + token * job.key_stride * size + head * count
-                value = job.value + token * job.value_stride * size + head * count
-                copy_bytes(target, key, count)
-                copy_bytes(target + job.values * size, value, count)
-
-
 def build(primitives):
     """Compiles the C functions, or loads them from disk: (plan, attend, combine, store).
 
-    `primitives` names the state of `cpu_simd`, whose code is inlined here. It takes part only in
+    `primitives` names the state of the modules whose code is inlined here. It takes part only in
     the key of Numba's on-disk cache, which by itself sees changes of this file alone.
     """
     options = {"cache": True, "error_model": "numpy", "nopython": True}
@@ -499,6 +452,6 @@ def build(primitives):
     @cfunc(_WORKER, **options)
     def store(pointer):
         len(primitives)
-        _store(carray(pointer, 1)[0])
+        store_tokens(carray(pointer, 1)[0])
 
     return plan, attend, combine, store

@@ -19,7 +19,7 @@ from tests.engine.test_sharing import by_index
 from tests.models import checkpoints
 
 REAL = dispatch.backend
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "numba")
 KIND = "qwen2-sliding"
 
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu_attention, reference
+from kernels.pages import FORMATS
 from tests.kernels import problems
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -39,6 +40,41 @@ def test_prefill(shape, dtype):
         got = problems.run_prefill(cpu_attention.paged_prefill, problem, **options)
         assert got.dtype == dtype
         assert problems.error(got, problems.naive(problem, **options)) < TOLERANCE[dtype]
+
+
+def holds(name: str, shape: tuple[int, ...]) -> bool:
+    return name != "int4" or shape[2] % 32 == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_pages(name, shape):
+    if not holds(name, shape):
+        pytest.skip("int4 has no pages for this head size")
+    for options in OPTIONS:
+        problem = problems.quantized(problems.make(*shape, LENS), name)
+        got = problems.run_decode(cpu_attention.paged_decode, problem, **options)
+        assert problems.error(got, problems.naive(problem, **options)) < 1e-5
+        problem = problems.quantized(problems.make(*shape, LENS, CHUNKS), name)
+        got = problems.run_prefill(cpu_attention.paged_prefill, problem, **options)
+        assert problems.error(got, problems.naive(problem, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_store(name, dtype):
+    for dim, block_size in ((64, 16), (96, 8), (80, 16)):
+        if not holds(name, (0, 0, dim)):
+            continue
+        key, value = problems.fused_store(3, dim, 70, dtype)
+        key = key * torch.logspace(-6, 4, 70)[:, None, None].to(dtype)
+        value[3] = 0
+        slots = torch.randperm(16 * block_size)[:70].int()
+        slots[::7] = -1
+        got, want = (problems.empty_pages(name, 16, 3, block_size, dim) for _ in range(2))
+        cpu_attention.store_kv(key, value, got, slots)
+        reference.store_kv(key, value, want, slots)
+        assert torch.equal(got.tiles, want.tiles)
 
 
 @pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])

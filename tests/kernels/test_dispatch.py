@@ -9,6 +9,7 @@ import torch
 
 from kernels import reference
 from kernels.dispatch import backend, warm_up
+from kernels.pages import FORMATS
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,8 @@ def test_unknown_names_and_devices_are_refused():
 
 @pytest.mark.parametrize("name", ["torch", "numba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_warm_up(name, dtype):
+@pytest.mark.parametrize("kv_format", [None, *FORMATS])
+def test_warm_up(name, dtype, kv_format):
     warm_up(
         backend(CPU, name),
         device=CPU,
@@ -49,6 +51,7 @@ def test_warm_up(name, dtype):
         head_dim=32,
         block_size=16,
         window=8,
+        kv_format=kv_format,
     )
 
 
