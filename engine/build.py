@@ -76,8 +76,6 @@ def assemble(
     config, dtype = model.config, model.embed.weight.dtype
     backend = dispatch.backend(device)
     format = _kv_format(settings.cache.kv_cache_dtype, dtype, model.head_dim)
-    if format.quantized and backend.name == "triton":
-        raise StartError(f"{format.dtype} pages are not built for {backend.name}")
     report("kernels", 0, 1, "compiling or loading from the cache")
     for window in sorted(set(model.layer_windows)):
         dispatch.warm_up(

@@ -22,7 +22,7 @@ def copy_kernel(blocks, source, target, plane, block_values, CHUNK: tl.constexpr
 def copy_blocks(blocks: Tensor, source: Tensor, target: Tensor) -> None:
     """Copies block source[i] to target[i] in every layer, in place.
 
-    blocks          [layers, 2, num_blocks, kv_heads, block_size, head_dim], contiguous
+    blocks          [layers, 2, num_blocks, kv_heads, ...], contiguous, quantized or not
     source, target  int64 [copies]; no block is in both
     """
     layers, two, num_blocks = blocks.shape[:3]

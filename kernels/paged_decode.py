@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_tile import load_keys, load_values, tile_rows
+from kernels.kv_tile import fold_scales, load_keys, load_values, tile_rows
+from kernels.pages import Pages, memory, page_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
@@ -49,6 +50,7 @@ def decode_kernel(
     query_stride,
     out_stride,
     num_splits,
+    FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -92,14 +94,17 @@ def decode_kernel(
         if WINDOW > 0:
             seen = seen & (tokens >= first)
         places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-        k = load_keys(keys, places, seen, DIM, DIM_PAD, q.dtype)
-        scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+        k = load_keys(keys, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+        dots = tl.dot(q, k, input_precision=PRECISION)
+        factor = fold_scales(scale, keys, places, seen, FORMAT, BLOCK_SIZE, DIM)
+        scores = base2_scores(dots, factor, SOFTCAP)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, axis=1)
-        v = load_values(values, places, seen, DIM, DIM_PAD, q.dtype)
+        v = load_values(values, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+        weights = fold_scales(weights, values, places, seen, FORMAT, BLOCK_SIZE, DIM)
         acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
 
@@ -179,7 +184,7 @@ def decode_shape(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
 
 def paged_decode(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     *,
@@ -198,7 +203,8 @@ def paged_decode(
     """
     seqs, heads, head_dim = query.shape
     out = torch.empty_like(query) if out is None else out
-    kv_heads, block_size = pages.shape[2], pages.shape[3]
+    kv_heads, block_size, _ = page_shape(pages)
+    blocks, format = memory(pages)
     shape = decode_shape(heads, kv_heads, head_dim)
     if num_splits is None:
         longest = max_context_len or block_tables.shape[1] * block_size
@@ -214,8 +220,8 @@ def paged_decode(
     with torch.cuda.device_of(query):
         decode_kernel[(seqs, kv_heads, num_splits)](
             query,
-            pages[0],
-            pages[1],
+            blocks[0],
+            blocks[1],
             block_tables,
             context_lens,
             out,
@@ -227,6 +233,7 @@ def paged_decode(
             query.stride(0),
             out.stride(0),
             num_splits,
+            FORMAT=format,
             BLOCK_SIZE=block_size,
             WINDOW=window,
             SOFTCAP=softcap,

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_tile import load_keys, load_values, tile_rows
+from kernels.kv_tile import fold_scales, load_keys, load_values, tile_rows
 from kernels.paged_decode import base2_scores, compute_capability, dot_precision
+from kernels.pages import Pages, memory, page_shape
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -33,6 +34,7 @@ def prefill_kernel(
     max_blocks,
     query_stride,
     out_stride,
+    FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -76,8 +78,10 @@ def prefill_kernel(
             tokens = tile * TILE + tl.arange(0, TILE)
             seen = tokens < context
             places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-            k = load_keys(keys, places, seen, DIM, DIM_PAD, q.dtype)
-            scores = base2_scores(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+            k = load_keys(keys, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+            dots = tl.dot(q, k, input_precision=PRECISION)
+            factor = fold_scales(scale, keys, places, seen, FORMAT, BLOCK_SIZE, DIM)
+            scores = base2_scores(dots, factor, SOFTCAP)
             visible = tokens[None, :] <= positions[:, None]
             if WINDOW > 0:
                 visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
@@ -86,7 +90,8 @@ def prefill_kernel(
             weights = tl.exp2(scores - new_top[:, None])
             decay = tl.exp2(top - new_top)
             total = total * decay + tl.sum(weights, axis=1)
-            v = load_values(values, places, seen, DIM, DIM_PAD, q.dtype)
+            v = load_values(values, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+            weights = fold_scales(weights, values, places, seen, FORMAT, BLOCK_SIZE, DIM)
             acc = acc * decay[:, None]
             acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
             top = new_top
@@ -122,7 +127,7 @@ def prefill_shape(
 
 def paged_prefill(
     query: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     context_lens: Tensor,
     query_start: Tensor,
@@ -135,15 +140,16 @@ def paged_prefill(
 ) -> Tensor:
     """Ragged chunks of new tokens over their paged contexts (see `kernels.reference`)."""
     out = torch.empty_like(query) if out is None else out
-    kv_heads, block_size, head_dim = pages.shape[2:]
+    kv_heads, block_size, head_dim = page_shape(pages)
+    blocks, format = memory(pages)
     major = compute_capability(query.device)
     shape = prefill_shape(query.shape[1], kv_heads, head_dim, max_query_len, major)
     tiles = triton.cdiv(max_query_len, shape["ROWS"] // shape["GROUP"])
     with torch.cuda.device_of(query):
         prefill_kernel[(tiles, kv_heads, len(context_lens))](
             query,
-            pages[0],
-            pages[1],
+            blocks[0],
+            blocks[1],
             block_tables,
             context_lens,
             query_start,
@@ -153,6 +159,7 @@ def paged_prefill(
             block_tables.stride(0),
             query.stride(0),
             out.stride(0),
+            FORMAT=format,
             BLOCK_SIZE=block_size,
             WINDOW=window,
             SOFTCAP=softcap,

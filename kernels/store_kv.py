@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_tile import store_rows
+from kernels.pages import Pages, memory, page_shape
 
 
 @triton.jit
@@ -20,6 +21,7 @@ def store_kernel(
     key_head_stride,
     value_stride,
     value_head_stride,
+    FORMAT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -34,29 +36,33 @@ def store_kernel(
         mask = keep[:, None] & (dims < DIM)[None, :]
         rows = (slot // BLOCK_SIZE * kv_heads + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
         k = key + token * key_stride + heads[:, None] * key_head_stride + dims[None, :]
-        store_rows(keys, rows, tl.load(k, mask=mask), keep, DIM, DIM_PAD)
+        numbers = tl.load(k, mask=mask, other=0.0)
+        store_rows(keys, rows, numbers, keep, FORMAT, BLOCK_SIZE, DIM, DIM_PAD)
         v = value + token * value_stride + heads[:, None] * value_head_stride + dims[None, :]
-        store_rows(values, rows, tl.load(v, mask=mask), keep, DIM, DIM_PAD)
+        numbers = tl.load(v, mask=mask, other=0.0)
+        store_rows(values, rows, numbers, keep, FORMAT, BLOCK_SIZE, DIM, DIM_PAD)
 
 
-def store_kv(key: Tensor, value: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
     """Writes new keys and values into their slots, in place (see `kernels.reference`)."""
     tokens, kv_heads, head_dim = key.shape
     if tokens == 0:
         return
-    with torch.cuda.device_of(pages):
+    blocks, format = memory(pages)
+    with torch.cuda.device_of(blocks):
         store_kernel[(tokens,)](
             key,
             value,
-            pages[0],
-            pages[1],
+            blocks[0],
+            blocks[1],
             slot_mapping,
             kv_heads,
             key.stride(0),
             key.stride(1),
             value.stride(0),
             value.stride(1),
-            BLOCK_SIZE=pages.shape[3],
+            FORMAT=format,
+            BLOCK_SIZE=page_shape(pages)[1],
             DIM=head_dim,
             DIM_PAD=triton.next_power_of_2(head_dim),
             HEADS_PAD=triton.next_power_of_2(kv_heads),

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import paged_decode, paged_prefill, store_kv
+from kernels.pages import FORMATS
 
 TARGETS = (80, 90, 100)
 POINTERS = {
@@ -45,7 +46,7 @@ def compile_kernel(kernel, dtype: str, constants: dict, target: int, **options) 
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = _kind(name, dtype)
+        signature[name] = _kind(name, dtype, constants.get("FORMAT", "plain"))
         if signature[name].startswith("*") or name in ALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -54,9 +55,11 @@ def compile_kernel(kernel, dtype: str, constants: dict, target: int, **options) 
     return _usage(compiled.asm["ptx"], target, compiled.metadata.shared)
 
 
-def _kind(name: str, dtype: str) -> str:
+def _kind(name: str, dtype: str, format: str) -> str:
     if name in POINTERS:
         return POINTERS[name]
+    if name in ("keys", "values") and format != "plain":
+        return "*u8"
     if name in ("query", "key", "value", "keys", "values", "out"):
         return f"*{dtype}"
     return "fp32" if name == "scale" else "i32"
@@ -77,17 +80,21 @@ def _usage(ptx: str, target: int, shared: int) -> Usage:
     return Usage(int(re.search(r"Used (\d+) reg", done.stderr)[1]), sum(map(int, spills)), shared)
 
 
-def decode(dtype, target, heads, kv_heads, dim, block, direct=False, window=0, softcap=0.0):
+def decode(
+    dtype, target, heads, kv_heads, dim, block, direct=False, window=0, softcap=0.0, format="plain"
+):
     shape = paged_decode.decode_shape(heads, kv_heads, dim)
-    constants = _constants(shape, dtype, block, window, softcap) | {"DIRECT": direct}
+    constants = _constants(shape, dtype, block, window, softcap, format) | {"DIRECT": direct}
     options = {"num_warps": 4, "num_stages": 2}
     return compile_kernel(paged_decode.decode_kernel, dtype, constants, target, **options)
 
 
-def prefill(dtype, target, heads, kv_heads, dim, block, queries, window=0, softcap=0.0):
+def prefill(
+    dtype, target, heads, kv_heads, dim, block, queries, window=0, softcap=0.0, format="plain"
+):
     shape = paged_prefill.prefill_shape(heads, kv_heads, dim, queries, target // 10)
     options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
-    constants = _constants(shape, dtype, block, window, softcap)
+    constants = _constants(shape, dtype, block, window, softcap, format)
     return compile_kernel(paged_prefill.prefill_kernel, dtype, constants, target, **options)
 
 
@@ -97,15 +104,20 @@ def reduce(dtype, target, dim):
     return compile_kernel(paged_decode.reduce_kernel, dtype, constants, target, num_warps=4)
 
 
-def store(dtype, target, kv_heads, dim, block):
-    constants = {"BLOCK_SIZE": block, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim)}
+def store(dtype, target, kv_heads, dim, block, format="plain"):
+    constants = {
+        "FORMAT": format,
+        "BLOCK_SIZE": block,
+        "DIM": dim,
+        "DIM_PAD": triton.next_power_of_2(dim),
+    }
     constants["HEADS_PAD"] = triton.next_power_of_2(kv_heads)
     return compile_kernel(store_kv.store_kernel, dtype, constants, target, num_warps=4)
 
 
-def _constants(shape, dtype, block, window, softcap):
+def _constants(shape, dtype, block, window, softcap, format):
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    extra = {"BLOCK_SIZE": block, "WINDOW": window, "SOFTCAP": softcap}
+    extra = {"FORMAT": format, "BLOCK_SIZE": block, "WINDOW": window, "SOFTCAP": softcap}
     return {**shape, **extra, "PRECISION": paged_decode.dot_precision(kind)}
 
 
@@ -128,6 +140,16 @@ def cases(full: bool):
         yield f"prefill softcap=50 {shapes[6]}", _case(prefill, *shapes[6], 1024, 0, 50.0)
     yield "reduce 128", _case(reduce, 128)
     yield "store (8, 128, 16)", _case(store, 8, 128, 16)
+    for i, format in enumerate(FORMATS):
+        for shape in shapes if full else (shapes[i % 2],):
+            if format == "int4" and shape[2] % 32:
+                continue
+            last = (0, 0.0, format)
+            yield f"decode {format} {shape}", _case(decode, *shape, False, *last)
+            for queries in (1, 1024) if full else (1024,):
+                name = f"prefill {format} queries={queries} {shape}"
+                yield name, _case(prefill, *shape, queries, *last)
+        yield f"store {format} (8, 128, 16)", _case(store, 8, 128, 16, format)
 
 
 def _case(function, *args):

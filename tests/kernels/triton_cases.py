@@ -5,12 +5,14 @@ the same cases run compiled. The interpreter is slow, so each case covers severa
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels import paged_decode, paged_prefill, reference, store_kv
+from kernels import copy_blocks, paged_decode, paged_prefill, reference, store_kv
 from kernels.dispatch import backend, warm_up
+from kernels.pages import FORMATS, tile_bytes
 from tests.kernels import problems
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,6 +70,64 @@ def test_prefill(case):
     assert problems.error(got, problems.naive(problem, **options)) < TOLERANCE[dtype]
 
 
+def formats_of(cases):
+    """Every case in every format on a device; interpreted, the formats take turns."""
+    pairs = [(case, FORMATS[i % 3]) for i, case in enumerate(cases)]
+    if not INTERPRETED:
+        pairs = [(case, name) for case in cases for name in FORMATS]
+    return [(case, name) for case, name in pairs if name != "int4" or case[2] % 32 == 0]
+
+
+@pytest.mark.parametrize("dtype", (FULL, HALF))
+@pytest.mark.parametrize(("case", "name"), formats_of(DECODE), ids=str)
+def test_quantized_decode(case, name, dtype):
+    heads, kv_heads, dim, block, splits, options = case
+    problem = problems.make(heads, kv_heads, dim, block, LENS, dtype=dtype)
+    problem = problems.quantized(problem, name)
+    want = problems.naive(problem, **options)
+    options = {**options, "num_splits": splits}
+    got = problems.run_decode(paged_decode.paged_decode, problem.to(DEVICE), **options)
+    assert problems.error(got, want) < TOLERANCE[dtype]
+    assert not got[2].any()
+
+
+@pytest.mark.parametrize(("case", "name"), formats_of(PREFILL), ids=str)
+def test_quantized_prefill(case, name):
+    heads, kv_heads, dim, block, chunks, options = case
+    problem = problems.make(heads, kv_heads, dim, block, LENS, chunks)
+    problem = problems.quantized(problem, name)
+    got = problems.run_prefill(paged_prefill.paged_prefill, problem.to(DEVICE), **options)
+    assert problems.error(got, problems.naive(problem, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_store(name, dtype):
+    for dim, block in ((64, 16), (96, 8), (80, 16)):
+        if name == "int4" and dim % 32:
+            continue
+        key, value = problems.fused_store(3, dim, 20, dtype)
+        key = key * torch.logspace(-6, 4, 20)[:, None, None].to(dtype)
+        value[3] = 0
+        slots = torch.randperm(8 * block)[:20].int()
+        slots[::7] = -1
+        got, want = (problems.empty_pages(name, 8, 3, block, dim) for _ in range(2))
+        reference.store_kv(key, value, want, slots)
+        got = replace(got, tiles=got.tiles.to(DEVICE))
+        store_kv.store_kv(key.to(DEVICE), value.to(DEVICE), got, slots.to(DEVICE))
+        assert torch.equal(got.tiles.cpu(), want.tiles)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_copied_blocks_take_their_scales_along(name):
+    tiles = torch.randint(0, 255, (3, 2, 6, 2, tile_bytes(name, 8, 64)), dtype=torch.uint8)
+    source, target = torch.tensor([4, 1]), torch.tensor([0, 5])
+    want, got = tiles.clone(), tiles.clone().to(DEVICE)
+    reference.copy_blocks(want, source, target)
+    copy_blocks.copy_blocks(got, source.to(DEVICE), target.to(DEVICE))
+    assert torch.equal(got.cpu(), want) and not torch.equal(want, tiles)
+
+
 def test_splits_are_chosen_without_a_hint():
     problem = problems.make(2, 1, 64, 16, [40, 300])
     for hint in (None, 300, 100_000):
@@ -100,4 +160,14 @@ def test_store(dtype, slots_dtype):
 def test_warm_up_and_dispatch_by_name():
     chosen = backend(DEVICE, "triton")
     assert chosen.name == "triton" and chosen.paged_decode is paged_decode.paged_decode
-    warm_up(chosen, device=DEVICE, dtype=FULL, heads=4, kv_heads=2, head_dim=32, block_size=16)
+    for kv_format in (None, "int8"):
+        warm_up(
+            chosen,
+            device=DEVICE,
+            dtype=FULL,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            block_size=16,
+            kv_format=kv_format,
+        )
