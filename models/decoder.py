@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.context import ForwardContext
-from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm
+from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm, fused_layers
 from models.rotary import Rotary, Rotation, rotate
 
 
@@ -126,6 +126,7 @@ class Decoder(CausalLM):
 
     def prepare(self) -> None:
         super().prepare()
+        self.norm.expand()
         for layer in self.layers:
             layer.prepare()
 
@@ -175,11 +176,11 @@ class DecoderLayer:
         return tensors
 
     def prepare(self) -> None:
-        attention, mlp = self.attention, self.mlp
-        for linear in (attention.qkv, attention.output, mlp.gate_up, mlp.down):
+        self.attention.prepare()
+        for linear in (self.mlp.gate_up, self.mlp.down):
             linear.pack()
-        if attention.head_norm is not None:
-            attention.head_norm.expand()
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.expand()
 
 
 class Attention:
@@ -200,6 +201,9 @@ class Attention:
             if config.qk_norm
             else None
         )
+        self.head_scale: Tensor | None = None
+        self.eps = config.norm_eps
+        self.fused: Any = None
         self.layer = layer
         self.window = config.layer_windows[layer]
         self.rotated = config.rope_layers[layer]
@@ -216,13 +220,27 @@ class Attention:
         """[tokens, hidden_size] -> the same shape"""
         tokens = x.shape[0]
         query_key, value = self.qkv(x).view(tokens, *self.row_shape).split_with_sizes(self.qk_v, 1)
-        if self.head_norm is not None:
-            query_key = self.head_norm(query_key)
-        if self.rotated:
-            query_key = rotate(query_key, rotation)
-        query, key = query_key.split_with_sizes(self.q_k, 1)
+        query, key = self.turn(query_key, rotation).split_with_sizes(self.q_k, 1)
         out = ctx.attend(self.layer, query, key, value, **self.options)
         return self.output(out.view(tokens, -1))
+
+    def turn(self, query_key: Tensor, rotation: Rotation) -> Tensor:
+        """Norm and rotation of every head: [tokens, heads + kv_heads, head_dim] -> the same"""
+        if self.fused is not None and query_key.numel() <= self.fused.LARGEST:
+            return self.fused.rotate(query_key, *rotation, self.head_scale, self.eps)
+        if self.head_norm is not None:
+            query_key = self.head_norm(query_key)
+        return rotate(query_key, rotation) if self.rotated else query_key
+
+    def prepare(self) -> None:
+        """Chooses how heads are turned. Call it once the weights are loaded."""
+        if self.rotated:
+            self.fused = fused_layers(self.output.weight)
+        if self.head_norm is not None:
+            self.head_norm.expand()
+            self.head_scale = self.head_norm.per_head.float()
+        for linear in (self.qkv, self.output):
+            linear.pack()
 
 
 class GatedMLP:

@@ -45,10 +45,6 @@ class Model(Decoder):
         logits, cap = super().logits(hidden), self.config.logit_softcap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-    def prepare(self) -> None:
-        super().prepare()
-        self.norm.expand()
-
 
 class Layer(DecoderLayer):
     """Attention, then the gated MLP, each between two norms and added to the stream."""
@@ -75,5 +71,5 @@ class Layer(DecoderLayer):
 
     def prepare(self) -> None:
         super().prepare()
-        for norm in (self.attention_norm, self.after_attention, self.mlp_norm, self.after_mlp):
+        for norm in (self.after_attention, self.after_mlp):
             norm.expand()

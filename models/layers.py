@@ -6,12 +6,16 @@ time on calls and attribute look-ups of modules than on some of its operations.
 
 from __future__ import annotations
 
+import importlib
 import platform
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STREAMED_BYTES = 4 << 20  # weights this large come from memory on each call, not from a cache
 
 
 class Linear:
@@ -20,9 +24,15 @@ class Linear:
         weight  [ q rows | k rows | v rows ] x inputs        shard(1) is the k rows
 
     On x86 CPUs `pack` exchanges the weight for a copy in oneDNN's blocked layout. `weight`
-    is then None, and shards can no longer be taken. Measured on two AVX512
-    cores against `F.linear`, float32 and bfloat16: 1.4 to 5 times faster at 1 to 16 rows, 1.2 to
-    2.9 at 64, 1.04 to 1.2 at 512.
+    is then None, and shards can no longer be taken. How much faster than `F.linear` that is, on one
+    AVX512 core, with weights that come from memory (`benchmarks/linear.py`):
+
+        rows            1            4           16           64          512
+        bfloat16   1.7 to 2.1   1.7 to 2.2   1.4 to 1.8   1.1 to 1.3   1.0 to 1.1
+        float32    1.0 to 1.7   1.7 to 2.8   1.6 to 2.4   1.3 to 1.8   1.2 to 1.3
+
+    Large weights see at least 4 rows, the rest being zeros: oneDNN reads memory slower for 1 or 2
+    rows than for 4, by 6 to 30 % and by 33 to 50 %.
     """
 
     def __init__(
@@ -38,6 +48,7 @@ class Linear:
         self.weight: Tensor | None = torch.empty(sum(outputs), inputs, dtype=dtype, device=device)
         self.bias = torch.empty(sum(outputs), dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
+        self.least_rows = 0
 
     def shard(self, index: int) -> dict[str, Tensor]:
         """Views of one projection: `weight` [outputs[index], inputs] and, if any, `bias`."""
@@ -52,12 +63,17 @@ class Linear:
         """Exchanges the weight for a packed copy where that is faster; else does nothing."""
         if self.weight is not None and can_pack(self.weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.least_rows = 4 if self.weight.nbytes >= STREAMED_BYTES else 0
             self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, sum(outputs)]"""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
+        rows = x.shape[0]
+        if rows < self.least_rows:
+            x = F.pad(x, (0, 0, 0, self.least_rows - rows))
+            return _packed_linear(x, self.packed, self.bias, "none", [], "")[:rows]
         return _packed_linear(x, self.packed, self.bias, "none", [], "")
 
 
@@ -77,6 +93,13 @@ if _packed_linear is not None:
     _packed_linear = _packed_linear.default  # resolving the overload on each call costs time
 
 
+def fused_layers(weight: Tensor) -> Any:
+    """The module `kernels.cpu_layers` if it serves the device and the dtype of `weight`."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return importlib.import_module("kernels.cpu_layers")
+
+
 class Embedding:
     """One row of `weight` [entries, size] per id."""
 
@@ -94,9 +117,22 @@ class RMSNorm:
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device):
         self.weight = torch.empty(size, dtype=dtype, device=device)
         self.shape, self.eps = (size,), eps
+        self.scale: Tensor | None = None
+        self.fused: Any = None
+
+    def expand(self) -> None:
+        """Keeps the weight in float32 too. Call it once the weight is loaded."""
+        self.scale = self.weight.float()
+        self.fused = fused_layers(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., size] -> the same shape"""
+        """[rows, size] -> the same shape"""
+        if self.fused is not None and x.numel() <= self.fused.LARGEST:
+            return self.fused.rms_norm(x, self.scale, self.eps)
+        return self.apply(x)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The same in torch."""
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
@@ -133,10 +169,10 @@ class CenteredRMSNorm(RMSNorm):
     """RMSNorm whose weight is stored as its distance from 1, rounded once, at the end."""
 
     def expand(self) -> None:
-        """Keeps 1 + weight in float32. Call it once the weight is loaded."""
-        self.scale = self.weight.float() + 1
+        super().expand()
+        self.scale = self.weight.float() + 1  # float32
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.shape, self.scale, self.eps).to(x.dtype)
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models.config import RopeConfig
-from models.layers import HeadNorm, Linear, can_pack
+from models.layers import CenteredRMSNorm, HeadNorm, Linear, RMSNorm, can_pack
+from models.loader import random_init
 from models.registry import parse_config
 from models.rotary import Rotary, inverse_frequencies, rotate
 
@@ -26,7 +27,9 @@ def filled_linear(inputs: int, outputs: tuple[int, ...], dtype: torch.dtype, bia
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, (96, 32, 32)), (33, (7,)), (1, (1,))])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(64, (96, 32, 32)), (33, (7,)), (1, (1,)), (1024, (2048,))]
+)
 def test_packed_linear(inputs, outputs, bias, dtype):
     linear = filled_linear(inputs, outputs, dtype, bias)
     weight = linear.weight.double()
@@ -34,7 +37,7 @@ def test_packed_linear(inputs, outputs, bias, dtype):
     packable = can_pack(linear.weight)
     linear.pack()
     assert (linear.weight is None) == packable
-    for rows in (0, 1, 5, 70):
+    for rows in (0, 1, 3, 5, 70):
         x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]  # strided, as views are
         expected = F.linear(x.double(), weight, offset)
         assert linear(x).dtype == dtype
@@ -59,6 +62,40 @@ def test_head_norm_uses_one_weight_for_queries_and_one_for_keys():
     query = F.rms_norm(heads[:, :4], (16,), norm.weight[0], 1e-6)
     key = F.rms_norm(heads[:, 4:], (16,), norm.weight[1], 1e-6)
     torch.testing.assert_close(norm(heads), torch.cat((query, key), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_type", [RMSNorm, CenteredRMSNorm])
+def test_fused_norm_equals_torch(norm_type, dtype):
+    norm = norm_type(96, 1e-6, dtype=dtype, device=CPU)
+    norm.weight.normal_()
+    norm.expand()
+    x = torch.randn(5, 96).to(dtype)
+    assert norm.fused is not None
+    assert_near(norm(x), norm.apply(x))
+    weight = norm.weight.double() + (norm_type is CenteredRMSNorm)
+    assert_near(norm(x), F.rms_norm(x.double(), (96,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3"])
+def test_fused_rotation_equals_torch(family, dtype):
+    fields = {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8}
+    config = parse_config(fields | {"architectures": [f"{family}ForCausalLM"]})
+    model = random_init(config, dtype, CPU)
+    attention = model.layers[0].attention
+    query_key = torch.randn(5, 8, 32).to(dtype)[:, :6]
+    rotation = model.rotary(torch.arange(5) * 7)
+    fused = attention.turn(query_key, rotation)
+    assert attention.fused is not None
+    attention.fused = None
+    assert_near(fused, attention.turn(query_key, rotation))
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error < TOLERANCE[actual.dtype]
 
 
 def test_rotation_preserves_length_and_relative_angle():
