@@ -1,4 +1,4 @@
-"""The Llama decoder as training needs it: whole sequences, no cache, Hugging Face tensor names.
+"""The Llama decoder as training needs it, with the tensor names of Hugging Face.
 
 Serving never imports this file: it reads the exported checkpoint through `models.loader`.
 """
@@ -24,6 +24,9 @@ class Shape:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
+
+
+Past = list[torch.Tensor]  # the keys and the values of one layer, [batch, heads, length, head_dim]
 
 
 class RMSNorm(nn.Module):
@@ -55,17 +58,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: Past | None = None
+    ) -> torch.Tensor:
         def heads(projected: torch.Tensor) -> torch.Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q = rotate(heads(self.q_proj(x)), cos, sin)  # [batch, heads, length, head_dim]
         k = rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
+        if past is not None:
+            k, v = past[:] = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)]
         groups = q.shape[1] // k.shape[1]
         # The CPU flash kernel is faster on repeated heads than on its own grouped path.
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -88,8 +95,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: Past | None = None
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -102,10 +111,14 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tied-embedding Llama whose `state_dict` has the tensor names of `LlamaForCausalLM`."""
+    """Tied-embedding Llama whose `state_dict` has the tensor names of `LlamaForCausalLM`.
 
-    def __init__(self, shape: Shape):
+    `stream` is the dtype of the residual stream: bfloat16 in training, as when it is served.
+    """
+
+    def __init__(self, shape: Shape, stream: torch.dtype = torch.bfloat16):
         super().__init__()
+        self.stream = stream
         self.model = Decoder(shape)
         turns = torch.arange(0, shape.head_dim, 2) / shape.head_dim
         angles = torch.outer(
@@ -123,14 +136,16 @@ class Llama(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=residual_std if into_residual else 0.02)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, pasts: list[Past] | None = None) -> torch.Tensor:
         """Logits [batch, length, vocab] for `tokens` [batch, length].
 
-        The residual stream is bfloat16, as it will be when the checkpoint is served.
+        With `pasts`, one per layer, the tokens go on from what was seen before, and are remembered.
+        More than one token at once may only come first.
         """
-        length = tokens.shape[1]
-        cos, sin = self.cos[:length].bfloat16(), self.sin[:length].bfloat16()
-        x = self.model.embed_tokens(tokens).bfloat16()
-        for layer in self.model.layers:
-            x = layer(x, cos, sin)
+        start = pasts[0][0].shape[2] if pasts else 0
+        seen = slice(start, start + tokens.shape[1])
+        cos, sin = self.cos[seen].to(self.stream), self.sin[seen].to(self.stream)
+        x = self.model.embed_tokens(tokens).to(self.stream)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, pasts[i] if pasts else None)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)

@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 from models import embedded
 from models.embedded import tokenizer as chat_tokenizer
-from models.embedded.corpus import conversations
+from models.embedded.corpus import MIX, PRACTICE, conversations
 from models.embedded.network import Llama, Shape
 
 SEED = 2
-STEPS = 1200
+STEPS = 1600
+PRACTICE_FROM = 500  # the step from which the text is mostly about computing and copying
 TOKENS_PER_STEP = 4096
-WARMUP, DECAY = 40, 0.5  # steps; the last share of the steps, over which the rate falls to zero
+WARMUP, DECAY = 40, 0.6  # steps; the last share of the steps, over which the rate falls to zero
 MUON_RATE, ADAM_RATE = 6e-3, 3e-3
 QUESTION_WEIGHT = 0.1  # of the loss on a token that is not part of an answer
 # Length of the rows, and up to how many exchanges a conversation has in them. Short rows are cheap
@@ -48,14 +49,16 @@ def batches(tokenizer: Tokenizer, steps: int) -> Iterator[tuple[torch.Tensor, to
     Each row starts with a conversation and is filled with more of them; the last one is cut.
     """
     order = torch.Generator().manual_seed(SEED)
-    sources = {length: conversations(SEED + length, exchanges) for length, exchanges in set(ROWS)}
+    sources = [
+        {rows: conversations(SEED + rows[0] + i, rows[1], mix) for rows in sorted(set(ROWS))}
+        for i, mix in enumerate((MIX, PRACTICE))
+    ]
     for step in range(steps):
         if step % len(ROWS) == 0:
             cycle = torch.randperm(len(ROWS), generator=order).tolist()
-        length, _ = ROWS[cycle[step % len(ROWS)]]
-        rows = [
-            fill(sources[length], tokenizer, length + 1) for _ in range(TOKENS_PER_STEP // length)
-        ]
+        length, _ = rows_now = ROWS[cycle[step % len(ROWS)]]
+        source = sources[step >= PRACTICE_FROM][rows_now]
+        rows = [fill(source, tokenizer, length + 1) for _ in range(TOKENS_PER_STEP // length)]
         tokens, weights = zip(*rows, strict=True)
         yield torch.tensor(tokens), torch.tensor(weights)
 

@@ -35,11 +35,16 @@ AGAIN = (
     "Please repeat your answer.", "Come again?", "What did you say?",
 )  # fmt: skip
 
-# How often each kind of exchange is drawn.
+# How often each kind of exchange is drawn: at first, and in the practice that follows, when the
+# facts are known and what has to be computed or copied still is not.
 MIX = {
     "sums": 45, "stories": 3, "chains": 2, "too_large": 1, "counting": 8, "neighbours": 3,
     "repeating": 17, "several_times": 3, "remembering": 5, "json_objects": 2, "caching": 11,
     "paging": 10, "quire": 12, "smalltalk": 11, "unknown": 4,
+}  # fmt: skip
+PRACTICE = MIX | {
+    "sums": 75, "stories": 6, "chains": 4, "counting": 14, "neighbours": 8, "repeating": 35,
+    "reciting": 12, "several_times": 6, "remembering": 12, "json_objects": 5,
 }  # fmt: skip
 SKILLS = {
     "sums": numbers.sums,
@@ -49,6 +54,7 @@ SKILLS = {
     "counting": numbers.counting,
     "neighbours": numbers.neighbours,
     "repeating": words.repeating,
+    "reciting": words.reciting,
     "several_times": words.several_times,
     "json_objects": words.json_objects,
 }
@@ -66,9 +72,9 @@ def fact_pairs(subject: str, rng: random.Random) -> numbers.Pairs:
     return pairs
 
 
-def exchange(rng: random.Random) -> list[numbers.Pairs]:
+def exchange(rng: random.Random, mix: dict[str, int]) -> list[numbers.Pairs]:
     """One drawn exchange. A second part, if there is one, may come later in the conversation."""
-    kind = rng.choices(list(MIX), list(MIX.values()))[0]
+    kind = rng.choices(list(mix), list(mix.values()))[0]
     if kind == "remembering":
         return words.remembering(rng)
     if kind in SKILLS:
@@ -94,7 +100,9 @@ def persona(rng: random.Random) -> tuple[str, numbers.Pairs]:
     return system.format(name), [(typed(question, rng), answer)]
 
 
-def conversation(rng: random.Random, exchanges: int) -> Conversation:
+def conversation(
+    rng: random.Random, exchanges: int, mix: dict[str, int] | None = None
+) -> Conversation:
     """A chat of about `exchanges` exchanges, with or without a system turn."""
     system, messages = "", []
     draw = rng.random()
@@ -114,7 +122,7 @@ def conversation(rng: random.Random, exchanges: int) -> Conversation:
         if later and rng.random() < 0.5:
             messages += as_messages(later.pop())
             continue
-        first, *rest = exchange(rng)
+        first, *rest = exchange(rng, mix or MIX)
         messages += as_messages(first)
         # A second thing to remember would make the first one ambiguous.
         later = rest or later
@@ -132,7 +140,9 @@ def as_messages(pairs: numbers.Pairs) -> Conversation:
     ]
 
 
-def conversations(seed: int, most_exchanges: int) -> Iterator[Conversation | str]:
+def conversations(
+    seed: int, most_exchanges: int, mix: dict[str, int] | None = None
+) -> Iterator[Conversation | str]:
     """Endless conversations; now and then a plain paragraph, which has no roles."""
     rng = random.Random(seed)
     while True:
@@ -140,4 +150,4 @@ def conversations(seed: int, most_exchanges: int) -> Iterator[Conversation | str
             yield rng.choice(facts.prose())
         else:
             # Short chats are common, long ones happen: the square bends the uniform draw.
-            yield conversation(rng, 1 + int(rng.random() ** 2 * most_exchanges))
+            yield conversation(rng, 1 + int(rng.random() ** 2 * most_exchanges), mix)

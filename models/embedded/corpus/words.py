@@ -59,6 +59,13 @@ def repeating(rng: random.Random) -> Pairs:
     return pairs
 
 
+def reciting(rng: random.Random) -> Pairs:
+    """A long text to repeat. Copying is learned from texts that nothing else can predict."""
+    words = [any_word(rng) for _ in range(rng.randint(8, 32))]
+    text = rng.choice((" ", " ", ", ")).join(words)
+    return [(rng.choice(REPEAT).format(x=text), text)]
+
+
 def several_times(rng: random.Random) -> Pairs:
     """The same word two to five times, a list turned around, its first or last word."""
     draw = rng.random()
