@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import planner
 from models import registry
 from models.config import CheckpointError, ModelConfig, RopeConfig
 from models.registry import parse_config
@@ -407,6 +408,8 @@ def test_gpt2_variants_are_refused(changes):
     ("raw", "parameters"), [(GEMMA_2_2B, 2_614_341_888), (GEMMA_3_1B, 999_885_952)]
 )
 def test_published_parameter_counts(raw, parameters):
-    """Of what a decoder of this config allocates."""
-    made = registry.build(parse_config(raw), torch.bfloat16, torch.device("meta"))
+    """By arithmetic, and of what a decoder of this config allocates."""
+    config = parse_config(raw)
+    assert planner.parameters(config) == parameters
+    made = registry.build(config, torch.bfloat16, torch.device("meta"))
     assert sum(tensor.numel() for tensor in made.checkpoint_tensors().values()) == parameters
