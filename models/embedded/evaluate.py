@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="ask only every n-th question")
     parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # steps of one token are too small to share
     answerer = Answerer(args.folder, getattr(torch, args.dtype))
     right: dict[str, list[bool]] = defaultdict(list)
     for case in tqdm(cases()[:: args.every], unit="question", disable=args.wrong):

@@ -1,6 +1,7 @@
 """The embedded checkpoint: its files load elsewhere, and it answers."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from models.embedded.evaluate import Answerer, listed
 
 FOLDER = embedded.path()
 WEIGHTS = FOLDER / "model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from threads, and loses much to waiting when others work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Other:
