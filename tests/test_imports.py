@@ -28,7 +28,6 @@ ALLOWED_TO_ONE_FILE = {
     "server/plan_plot.py": {"engine.planner"},
 }
 WITHOUT_TORCH = {"server", "scheduler", "paged_cache", "configs"}
-MEASURES_AGAINST_TRANSFORMERS = {"models/embedded/evaluate.py"}  # never part of a server
 TORCH_EXCEPTIONS = {"paged_cache/storage.py"}
 OURS = {*ALLOWED, "benchmarks", "tests"}
 
@@ -72,8 +71,7 @@ def test_torch_stays_where_the_tensors_are(folder: str) -> None:
 def test_transformers_is_for_tests_only(folder: str) -> None:
     """It takes seconds to import; a server never waits for it."""
     for file in files(folder):
-        if file not in MEASURES_AGAINST_TRANSFORMERS:
-            assert not any(is_in(name, {"transformers"}) for name in imported(file)), file
+        assert not any(is_in(name, {"transformers"}) for name in imported(file)), file
 
 
 def test_kernels_is_no_regular_package() -> None:
