@@ -77,7 +77,7 @@ def load_vectors(builder, base, index, fmt, count, grid=None):
         at = builder.add(entry, I64(g))
         scale = _broadcast(builder, address, at)
         offset = _broadcast(builder, address, builder.add(at, half))
-        byte = builder.add(builder.sdiv(index, I64(2)), I64(LANES * g))
+        byte = builder.add(builder.ashr(index, I64(1)), I64(LANES * g))
         codes = (builder.sitofp(part, vec(F32)) for part in _nibbles(builder, base, byte))
         numbers += [fma(builder, part, scale, offset) for part in codes]
     return numbers

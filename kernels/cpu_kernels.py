@@ -29,6 +29,7 @@ from kernels.cpu_pages import (
     address,
     fold_scales,
     gather,
+    grid_at,
     grid_size,
     helper,
     load_grids,
@@ -227,13 +228,13 @@ def _in_place(job, width):
 @helper
 def _score_keys(job, table, head, origin, end, context, rows, width, queries, scores, tile, grid):
     """scores[r, token - origin] of the tokens [origin, end), in whole vectors."""
-    q, g = address(queries, 0), address(grid, 0)
+    q = address(queries, 0)
+    load_grids(job, job.pages, table, head, origin, end, grid, _in_place(job, width))
     for token in range(origin, end, LANES):
-        out = address(scores, token - origin)
+        out, g = address(scores, token - origin), grid_at(job, grid, token - origin)
         if _in_place(job, width):
             place, offset = tile_of(job, job.pages, table, head, token)
             prefetch_tokens(job, job.pages, table, head, token + AHEAD, end)
-            load_grids(job, place, offset, LANES, g)
             keys = place + offset * job.row_bytes
             _dots(job.page_format, q, rows, keys, g, width, out, CHUNK)
             fold_scales(job, place, offset, out, CHUNK, rows)
@@ -247,15 +248,16 @@ def _score_keys(job, table, head, origin, end, context, rows, width, queries, sc
 def _mix_values(job, table, head, first, end, origin, rows, width, scores, acc, tile, grid):
     """acc[r, :width] = sum over tokens [first, end) of scores[r, token - origin] * value."""
     base, stride = job.pages + job.values, width + LANES
-    c, g = address(acc, 0), address(grid, 0)
+    c = address(acc, 0)
+    load_grids(job, base, table, head, origin, end, grid, _in_place(job, width))
     token = first
     while token < end:
+        g = grid_at(job, grid, token - origin)
         a, keep = address(scores, token - origin), int(token > first)
         if _in_place(job, width):
             run = min(end - token, LANES - token % LANES)
             place, offset = tile_of(job, base, table, head, token)
             prefetch_tokens(job, base, table, head, token + AHEAD, end)
-            load_grids(job, place, offset, run, g)
             values, early = place + offset * job.row_bytes, token % LANES
             # Whole vectors: what is scaled beside the run is not used.
             fold_scales(job, place, offset - early, a - early * 4, CHUNK, rows)
@@ -368,7 +370,7 @@ def _attend(job):
     tops, totals, decays = scratch(tile), scratch(tile), scratch(tile)
     queries, keys = scratch(tile * width), scratch(max(TILE_TOKENS, tile) * width)
     scores, acc = scratch(tile * CHUNK), scratch(tile * (width + LANES))
-    grid = scratch(grid_size(job))
+    grid = scratch(grid_size(job) * (CHUNK // LANES))
     while True:
         task = take(job.address)
         if task >= job.tasks:

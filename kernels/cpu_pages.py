@@ -44,6 +44,7 @@ JOB = np.dtype(
 )
 RECORD = from_dtype(JOB)
 helper = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+GRIDS_AHEAD = 128
 AHEAD = 32  # tokens between use and prefetch, which the hardware cannot guess across blocks
 TOKENS_PER_STORE = 128
 
@@ -87,16 +88,45 @@ def has_token_scales(job):
 @helper
 def grid_size(job):
     """Numbers in a grid (`cpu_formats`) of LANES tokens; at least 1."""
-    return 2 * LANES * max(job.groups, 1)
+    return 2 * LANES * job.groups if job.page_format == INT4 else 1
 
 
 @helper
-def load_grids(job, tile, offset, count, grid):
-    """The grid of `count` tokens of one tile, if this is INT4."""
-    if job.page_format == INT4:
-        scales = tile + job.scales_at + offset * job.groups * 2
-        zeros = tile + job.zeros_at + offset * job.groups
-        load_grid(scales, zeros, grid, count * job.groups, LANES * job.groups)
+def grid_at(job, grid, token):
+    """Address of a token's entries among grids that follow each other."""
+    if job.page_format != INT4:
+        return address(grid, 0)
+    return address(grid, token // LANES * grid_size(job) + token % LANES * job.groups)
+
+
+@helper
+def load_grids(job, base, table, head, origin, end, grid, wanted):
+    """The grids of the tokens [origin, end), if this is INT4 and they are `wanted`.
+
+    All at once: read right after they were written, they took as long as all other work.
+    """
+    if job.page_format == INT4 and wanted:
+        for token in range(origin, end, LANES):
+            tile, offset = tile_of(job, base, table, head, token)
+            if base == job.pages:
+                _prefetch_grid(job, tile + job.values, offset)  # the values' turn comes next
+                if token + GRIDS_AHEAD < end:
+                    ahead, place = tile_of(job, base, table, head, token + GRIDS_AHEAD)
+                    _prefetch_grid(job, ahead, place)
+            _load_grid(job, tile, offset, LANES, grid_at(job, grid, token - origin))
+
+
+@helper
+def _prefetch_grid(job, tile, offset):
+    prefetch(tile + job.scales_at + offset * job.groups * 2, 64 * job.groups)
+    prefetch(tile + job.zeros_at + offset * job.groups, 64)
+
+
+@helper
+def _load_grid(job, tile, offset, count, grid):
+    scales = tile + job.scales_at + offset * job.groups * 2
+    zeros = tile + job.zeros_at + offset * job.groups
+    load_grid(scales, zeros, grid, count * job.groups, LANES * job.groups)
 
 
 @helper
@@ -113,7 +143,7 @@ def prefetch_tokens(job, base, table, head, token, end):
         tile, offset = tile_of(job, base, table, head, token // LANES * LANES)
         # Quantized tiles start anywhere in a line.
         prefetch(tile + offset * job.row_bytes, LANES * job.row_bytes + 32 * min(job.groups, 1))
-        if job.groups > 0:
+        if has_token_scales(job):
             prefetch(tile + job.scales_at + offset * job.groups * 2, 64)
 
 
@@ -124,7 +154,7 @@ def gather(job, base, table, head, token, count, target, width, grid):
         tile, offset = tile_of(job, base, table, head, token + t)
         source, to = tile + offset * job.row_bytes, address(target, t * width)
         if job.page_format == INT4:
-            load_grids(job, tile, offset, 1, address(grid, 0))
+            _load_grid(job, tile, offset, 1, address(grid, 0))
             load_groups(source, address(grid, 0), to, job.groups, LANES * job.groups)
         else:
             factor = np.float32(1)

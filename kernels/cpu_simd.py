@@ -22,6 +22,7 @@ from kernels.cpu_vectors import (
     const,
     exp2,
     fma,
+    known,
     lane_sums,
     maximum,
     reduce,
@@ -115,13 +116,20 @@ def dot_tile(
 
     out[r * stride + t] = sum_d queries[r * query_stride + d] * keys[t * key_stride + d], over
     `vectors` vectors of 16. The 16 accumulators stay in registers. `grid` is that of INT4 keys,
-    from the first of these tokens on.
+    from the first of these tokens on, whose rows (and the queries') follow each other closely.
     """
 
     def codegen(context, builder, signature, args):
-        rows, fmt = args[:2]
+        rows, fmt, vectors = args[0], args[1], args[7]
         for height, literal in cases(builder, (rows, (1, 2, 4)), (fmt, FORMATS)):
-            _dot_tile(builder, height, literal, *args[2:])
+            if literal != INT4:
+                _dot_tile(builder, height, literal, *args[2:])
+                continue
+            # Known strides: the addresses of int4 would take longer than the numbers.
+            for count in known(builder, vectors, (4, 8)):
+                stride = builder.mul(count, I64(LANES))
+                tile = args[2], stride, args[4], stride, args[6], count
+                _dot_tile(builder, height, literal, *tile, *args[8:])
         return context.get_dummy_value()
 
     i = types.int64

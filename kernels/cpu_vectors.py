@@ -125,6 +125,22 @@ def cases(builder, *choices):
             yield literals
 
 
+def known(builder, value, likely):
+    """Emits a branch per likely value, yielding it as a constant, and one for all others, yielding
+    the value itself: what is computed from it then folds in the likely branches."""
+    done = builder.append_basic_block("known")
+    for number in likely:
+        yes, no = (builder.append_basic_block(name) for name in ("likely", "else"))
+        builder.cbranch(builder.icmp_signed("==", value, I64(number)), yes, no)
+        builder.position_at_end(yes)
+        yield I64(number)
+        builder.branch(done)
+        builder.position_at_end(no)
+    yield value
+    builder.branch(done)
+    builder.position_at_end(done)
+
+
 def strips(builder, count):
     """Loops over `count` numbers, whole vectors first, yielding (lanes, index of the first)."""
     whole = builder.sdiv(count, I64(LANES))
