@@ -27,7 +27,7 @@ def paths_of(routes: list[BaseRoute]) -> list[tuple[str, str]]:
         nested = getattr(route, "original_router", None)
         if nested is not None:
             found += paths_of(nested.routes)
-        for method in getattr(route, "methods", None) or ():
+        for method in sorted(getattr(route, "methods", None) or ()):
             found.append((method, getattr(route, "path", "").replace("{name:path}", "quiet")))
     return found
 
