@@ -15,13 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import paged_decode, paged_prefill, store_kv
+from kernels import copy_blocks, paged_decode, paged_prefill, store_kv
 from kernels.pages import FORMATS
 
 TARGETS = (80, 90, 100)
 POINTERS = {
     **dict.fromkeys(("tables", "lens", "starts", "slots"), "*i32"),
     **dict.fromkeys(("partial", "stats"), "*fp32"),
+    **dict.fromkeys(("source", "target"), "*i64"),
 }
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
 
@@ -60,7 +61,7 @@ def _kind(name: str, dtype: str, format: str) -> str:
         return POINTERS[name]
     if name in ("keys", "values") and format != "plain":
         return "*u8"
-    if name in ("query", "key", "value", "keys", "values", "out"):
+    if name in ("query", "key", "value", "keys", "values", "out", "blocks"):
         return f"*{dtype}"
     return "fp32" if name == "scale" else "i32"
 
@@ -115,6 +116,11 @@ def store(dtype, target, kv_heads, dim, block, format="plain"):
     return compile_kernel(store_kv.store_kernel, dtype, constants, target, num_warps=4)
 
 
+def copy(dtype, target):
+    constants = {"CHUNK": copy_blocks.CHUNK}
+    return compile_kernel(copy_blocks.copy_kernel, dtype, constants, target, num_warps=4)
+
+
 def _constants(shape, dtype, block, window, softcap, format):
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     extra = {"FORMAT": format, "BLOCK_SIZE": block, "WINDOW": window, "SOFTCAP": softcap}
@@ -140,6 +146,7 @@ def cases(full: bool):
         yield f"prefill softcap=50 {shapes[6]}", _case(prefill, *shapes[6], 1024, 0, 50.0)
     yield "reduce 128", _case(reduce, 128)
     yield "store (8, 128, 16)", _case(store, 8, 128, 16)
+    yield "copy", _case(copy)
     for i, format in enumerate(FORMATS):
         for shape in shapes if full else (shapes[i % 2],):
             if format == "int4" and shape[2] % 32:
