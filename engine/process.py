@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import traceback
 from collections.abc import Callable
@@ -14,8 +13,6 @@ import msgspec
 
 from configs.settings import Settings
 from engine.protocol import FromEngine, Progress, Ready, StartFailed, ToEngine
-
-SPIN_COUNT = "5000"  # looks at a barrier before a thread sleeps; some tens of microseconds
 
 Report = Callable[[str, float, float, str], None]
 
@@ -38,9 +35,6 @@ class PipeInbox:
 
 def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
     """Entry point of the engine process: builds the engine, then serves until the pipe closes."""
-    # Before torch is loaded: its OpenMP threads would spin for milliseconds at every barrier for
-    # one that waits for a core. On cores shared with HTTP that costs far more than a wake-up.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     # Ctrl-C reaches the whole process group; the front door decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
