@@ -107,7 +107,8 @@ def prefill_shape(
 
     Short chunks (decode steps, speculation) take the smallest tile that tl.dot allows, others one
     that reuses each K/V tile as often as registers allow: `major` is the compute capability's,
-    and tiles of 64 tokens spill on sm_80 and sm_100 but not on sm_90.
+    and tiles of 64 tokens spill on sm_80 and sm_100 but not on sm_90. On sm_100 short chunks of
+    one query head per K/V head spill with 4 warps, too.
     """
     group = heads // kv_heads
     dim_pad = triton.next_power_of_2(head_dim)
@@ -120,7 +121,7 @@ def prefill_shape(
         "DIM": head_dim,
         "DIM_PAD": dim_pad,
         "TILE": 64 if wide else 32,
-        "num_warps": 4 if short else 8,
+        "num_warps": 4 if short and major < 10 else 8,
         "num_stages": 2,
     }
 

@@ -144,6 +144,8 @@ def cases(full: bool):
             yield f"prefill window=512 {shape}", _case(prefill, *shape, 1024, 512)
         yield f"decode softcap=50 {shapes[6]}", _case(decode, *shapes[6], False, 0, 50.0)
         yield f"prefill softcap=50 {shapes[6]}", _case(prefill, *shapes[6], 1024, 0, 50.0)
+    else:  # the one that spilled with fewer warps
+        yield "prefill queries=1 (8, 8, 128, 16)", _case(prefill, 8, 8, 128, 16, 1)
     yield "reduce 128", _case(reduce, 128)
     yield "store (8, 128, 16)", _case(store, 8, 128, 16)
     yield "copy", _case(copy)
