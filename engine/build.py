@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,9 +28,6 @@ from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("quire.engine")
 
-Report = Callable[[str, float, float, str], None]
-"""Start-up progress: phase, done, total (in the phase's own units), a note."""
-
 
 class StartError(Exception):
     """The engine cannot start as it is set up; the message is one line that says what to change."""
@@ -46,11 +42,7 @@ class Limits:
     max_num_batched_tokens: int
 
 
-def silent(phase: str, done: float, total: float, note: str) -> None:
-    """A `Report` that tells nobody."""
-
-
-def build(settings: Settings, report: Report = silent) -> EngineLoop:
+def build(settings: Settings, report: loader.Progress = loader.quiet) -> EngineLoop:
     """Loads the model, plans the memory, compiles the kernels.
 
     Raises:
@@ -70,7 +62,11 @@ def build(settings: Settings, report: Report = silent) -> EngineLoop:
 
 
 def assemble(
-    model: CausalLM, settings: Settings, device: torch.device, path: Path, report: Report = silent
+    model: CausalLM,
+    settings: Settings,
+    device: torch.device,
+    path: Path,
+    report: loader.Progress = loader.quiet,
 ) -> EngineLoop:
     """Everything that follows once there is a model."""
     config, dtype = model.config, model.embed.weight.dtype

@@ -8,13 +8,15 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from configs.settings import Settings
 from engine.protocol import FromEngine, Progress, Ready, StartFailed, ToEngine
 
-Report = Callable[[str, float, float, str], None]
+if TYPE_CHECKING:  # the parent imports this module, and must not load torch
+    from models import loader
 
 
 class PipeInbox:
@@ -54,7 +56,10 @@ def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
 
 
 def _serve(
-    settings: Settings, inbox: PipeInbox, send: Callable[[FromEngine], None], progress: Report
+    settings: Settings,
+    inbox: PipeInbox,
+    send: Callable[[FromEngine], None],
+    progress: loader.Progress,
 ) -> None:
     from engine.build import StartError, build
 

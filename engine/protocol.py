@@ -6,13 +6,10 @@ torch nor the HTTP stack.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from scheduler.request import Request
-
-FinishReason = Literal["stop", "length", "abort"]
+from scheduler.stopping import FinishReason
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):

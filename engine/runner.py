@@ -47,8 +47,7 @@ class Runner:
             self._copy(plan.copies)
         inputs = self.inputs.build(plan)
         hidden = self.model(inputs.token_ids, inputs.context)
-        wanted = [item for item in plan.scheduled if item.wants_token]
-        if not wanted:
+        if not inputs.sampled_rows.shape[0]:
             return StepResult(plan.id, [])
         return StepResult(plan.id, self._sample(plan, inputs, hidden))
 

@@ -58,6 +58,7 @@ def _filter(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_k: i
         max_k: largest top_k, known on the host
     """
     floor = min_p * probs.amax(-1)
+    likely = torch.where(probs >= floor[:, None], probs, 0.0).sum(-1)  # what min-p leaves
     head = _ranked_head(probs, floor, top_k, top_p, max_k)  # [rows, n], descending
     head = torch.where(head >= floor[:, None], head, 0.0)
     rank = torch.arange(head.shape[1], device=probs.device)
@@ -67,17 +68,11 @@ def _filter(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_k: i
     floor = torch.maximum(floor, torch.where(top_k > 0, kth, 0.0))
     # The nucleus: ranks before which less than top_p of what is kept has gathered.
     before = kept.cumsum(-1) - kept
-    total = torch.where(top_k > 0, kept.sum(-1), _sum_above(probs, min_p))
+    total = torch.where(top_k > 0, kept.sum(-1), likely)
     size = (before < (top_p * total)[:, None]).sum(-1).clamp_min(1)
     nucleus = kept.gather(1, (size - 1)[:, None]).squeeze(1)
     floor = torch.maximum(floor, torch.where(top_p < 1, nucleus, 0.0))
     return torch.where(probs >= floor[:, None], probs, 0.0)
-
-
-def _sum_above(probs: Tensor, min_p: Tensor) -> Tensor:
-    """[rows]; the probability that min-p leaves."""
-    floor = (min_p * probs.amax(-1))[:, None]
-    return torch.where(probs >= floor, probs, 0.0).sum(-1)
 
 
 def _ranked_head(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor, max_k: int) -> Tensor:

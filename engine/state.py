@@ -46,7 +46,9 @@ class SlotState:
 
     def to_device(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         """A host list as a device tensor, without waiting for the device."""
-        host = torch.tensor(values, dtype=dtype)
+        return self._move(torch.tensor(values, dtype=dtype))
+
+    def _move(self, host: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
@@ -79,7 +81,4 @@ class SlotState:
             [np.arange(s, s + len(p)) for s, p in zip(starts, pieces, strict=True)]
         )
         values = self.to_device(list(chain.from_iterable(pieces)), torch.int32)
-        index = torch.from_numpy(where)
-        if self.device.type != "cpu":
-            index = index.pin_memory().to(self.device, non_blocking=True)
-        rows.view(-1)[index] = values
+        rows.view(-1)[self._move(torch.from_numpy(where))] = values

@@ -19,6 +19,7 @@ __all__ = [
     "Progress",
     "load_config",
     "load_model",
+    "quiet",
     "random_init",
     "resolve",
     "resolve_dtype",
@@ -96,7 +97,7 @@ def load_model(
     """
     files = shards.weight_files(path)
     model = registry.build(config, dtype, torch.device(device))
-    _fill(model, path, files, progress or _quiet)
+    _fill(model, path, files, progress or quiet)
     model.prepare()
     return model
 
@@ -200,5 +201,5 @@ def _report_extra(model: CausalLM, path: Path, names: list[str]) -> None:
         log.warning("%s: %d tensors not used: %s", path, len(unused), ", ".join(unused[:3]))
 
 
-def _quiet(phase: str, done: float, total: float, note: str) -> None:
-    pass
+def quiet(phase: str, done: float, total: float, note: str) -> None:
+    """A `Progress` that tells nobody."""

@@ -48,7 +48,6 @@ class KVCacheManager:
     Args:
         windows: per KV group, how many positions its layers see; 0 is all.
         prefix_cache: whether blocks are published and found again.
-        hash_key: secret of the prefix hashes; drawn when not given.
     """
 
     def __init__(
@@ -58,14 +57,13 @@ class KVCacheManager:
         windows: tuple[int, ...] = (0,),
         *,
         prefix_cache: bool = True,
-        hash_key: bytes | None = None,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = pool
         self.block_size = block_size
         self.windows = windows
-        self._hasher = PrefixHasher(hash_key or secrets.token_bytes(KEY_BYTES), block_size)
+        self._hasher = PrefixHasher(secrets.token_bytes(KEY_BYTES), block_size)
         self._prefix_cache = prefix_cache
         self._full = [g for g, window in enumerate(windows) if not window]
         self._sliding = [g for g, window in enumerate(windows) if window]

@@ -13,7 +13,6 @@ from server.service import Service
 
 STATES = ("free", "cached", "used", "shared")
 LETTERS = ".cus"
-TAG_BYTES = 4
 
 
 def router(service: Service) -> APIRouter:
@@ -37,11 +36,9 @@ def router(service: Service) -> APIRouter:
 
 def describe(view: CacheView) -> dict[str, Any]:
     """The view as JSON has it: one letter per block, hashes shortened, every live sequence."""
-    hashes = {
-        str(block): view.tags[block * TAG_BYTES : (block + 1) * TAG_BYTES].hex()
-        for block in range(len(view.states))
-        if view.tags[block * TAG_BYTES : (block + 1) * TAG_BYTES] != bytes(TAG_BYTES)
-    }
+    size = len(view.tags) // max(len(view.states), 1)
+    tags = (view.tags[block * size : (block + 1) * size] for block in range(len(view.states)))
+    hashes = {str(block): tag.hex() for block, tag in enumerate(tags) if any(tag)}
     letters = bytes(ord(letter) for letter in LETTERS)
     return {
         "block_size": view.block_size,

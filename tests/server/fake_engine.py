@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.client import EngineDead, RequestFailed
-from engine.protocol import CacheView, EngineInfo, EngineStats, FinishReason, Inspection, TokenDelta
+from engine.protocol import CacheView, EngineInfo, EngineStats, Inspection, TokenDelta
 from scheduler.request import InvalidRequest, Request
+from scheduler.stopping import FinishReason
 
 INFO = EngineInfo(
     model_path="",

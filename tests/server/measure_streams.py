@@ -24,8 +24,9 @@ from multiprocessing.queues import Queue
 import msgspec
 import uvicorn
 
-from engine.protocol import EngineStats, FinishReason, TokenDelta
+from engine.protocol import EngineStats, TokenDelta
 from scheduler.request import Request
+from scheduler.stopping import FinishReason
 from server.app import create_app
 from tests.server.fake_engine import INFO
 from tests.server.text_models import chat_model, ids_of
