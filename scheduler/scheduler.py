@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
+from scheduler.journal import Journal, Wait
 from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import InvalidRequest, Request
@@ -42,8 +43,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        journal: Journal | None = None,
     ) -> None:
         self.cache = cache
+        self._journal = journal or Journal()
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.num_preemptions = 0
@@ -89,12 +92,15 @@ class Scheduler:
             self._next_order += 1
         self._requests[request.id] = seqs
         self.waiting.extend(seqs)
+        for seq in seqs:
+            self._journal.queued(seq)
 
-    def abort(self, request_id: str) -> list[Progress]:
-        """Ends what is left of a request and frees its blocks at once; unknown ids are ignored."""
+    def abort(self, request_id: str, reason: str = "abort") -> list[Progress]:
+        """Ends what is left of a request and frees its blocks at once; unknown ids are ignored.
+        The journal gets the `reason`."""
         live = [s for s in self._requests.get(request_id, []) if s.status is not Status.FINISHED]
         for seq in live:
-            self._finish(seq)
+            self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
 
     # ------------------------------------------------------------------ one step
@@ -113,8 +119,9 @@ class Scheduler:
         # From here on nobody is preempted in this step: what it computes can be found by others.
         for seq, share in step.chosen.items():
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
-        if not step.preempted:
-            self._admit(step)
+        why = Wait.PREEMPTION if step.preempted else self._admit(step)
+        if self.waiting:
+            self._journal.waits(self.waiting[0], why)
         self._close(step)
         return step.plan
 
@@ -126,25 +133,34 @@ class Scheduler:
             victim = self.running[-1]
             step.withdraw(victim)
             self._preempt(victim)
+            self._journal.preempted(victim, seq)
             step.preempted = True
             if victim is seq:
                 return
         step.choose(seq, _Share(count, grown.new, grown.copies))
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: _Step) -> Wait:
         """Starts waiting sequences, oldest first, until a budget ends. A sequence gets the blocks
-        of its whole prompt at once, so that chunks of a started prompt hardly wait for blocks."""
+        of its whole prompt at once, so that chunks of a started prompt hardly wait for blocks.
+
+        Returns:
+            what the next one waits for, if there is one.
+        """
         while self.waiting and step.budget and self._free_slots:
             seq = self.waiting[0]
-            share = None if self._waits_for_leader(seq) else self._enter(seq, step.budget)
+            if self._waits_for_leader(seq):
+                return Wait.LEADER
+            share = self._enter(seq, step.budget)
             if share is None:
-                return
+                return Wait.BLOCKS
             self.waiting.popleft()
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
             self.running.append(seq)
+            self._journal.admitted(seq)
             step.plan.admitted.append(Admitted(seq.slot, seq.tokens[:], seq.request.sampling))
             step.choose(seq, share)
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
+        return Wait.BUDGET if not step.budget else Wait.SLOT
 
     def _waits_for_leader(self, seq: Sequence) -> bool:
         """Whether the prompt of `seq` is being computed by another answer of its request."""
@@ -226,7 +242,7 @@ class Scheduler:
             seq.tokens.append(token)
             reason, stop = finish_reason(seq, self.eos_token_ids)
             if reason is not None:
-                self._finish(seq)
+                self._finish(seq, reason)
             progress.append(Progress(seq, [token], reason, stop))
         return progress
 
@@ -241,7 +257,7 @@ class Scheduler:
         self.cache.pool.forget_all()  # what the step should have written may not be there
         failed = list(dict.fromkeys(s.request.id for s in self.running if s.slot in slots))
         for request_id in failed:
-            self.abort(request_id)
+            self.abort(request_id, "error")
         return failed
 
     # ------------------------------------------------------------------ state changes
@@ -256,7 +272,7 @@ class Scheduler:
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
 
-    def _finish(self, seq: Sequence) -> None:
+    def _finish(self, seq: Sequence, reason: str) -> None:
         """Ends `seq` and forgets its request once all of its sequences ended."""
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
@@ -264,6 +280,7 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         seq.status = Status.FINISHED
+        self._journal.finished(seq, reason)
         if all(s.status is Status.FINISHED for s in self._requests[seq.request.id]):
             del self._requests[seq.request.id]
 
