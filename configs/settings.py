@@ -82,6 +82,7 @@ def _lower(value: object) -> object:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_names)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -201,9 +202,22 @@ class HttpSettings(Section):
     ] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 takes a free one")] = 8000
     api_key: Annotated[
-        SecretStr | None,
-        Field(description="Bearer key that clients must send; better set in the environment"),
+        Secrets,
+        Field(
+            description="Bearer keys, one of which clients must send; `a,b` is two. Better set in "
+            "the environment or a file"
+        ),
+    ] = ()
+    api_key_file: Annotated[
+        str | None,
+        Field(description="File of more keys: lines `name:key` or `key`, `#` begins a comment"),
     ] = None
+    no_auth: Annotated[
+        bool, Field(description="Serve without any key on an address that others can reach")
+    ] = False
+    metrics_without_key: Annotated[
+        bool, Field(description="`/metrics` asks for no key, as the health checks never do")
+    ] = False
 
 
 class LimitSettings(Section):
@@ -303,7 +317,7 @@ class Setting:
     @property
     def default_text(self) -> str:
         """As an operator would write it; empty where the default depends on something else."""
-        if self.default is None:
+        if self.default in (None, ()):
             return ""
         if self.in_bytes and isinstance(self.default, int):
             return format_bytes(self.default).replace(" ", "")

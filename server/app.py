@@ -6,7 +6,8 @@ from fastapi import FastAPI
 
 from engine.client import EngineClient
 from server import __version__, errors
-from server.edge import BodyLimit, HangUp, KeyGuard, RequestId
+from server.edge import OPEN_PATHS, BodyLimit, HangUp, KeyGuard, RequestId
+from server.keys import KeyRing
 from server.metrics import Metrics
 from server.routes import chat, completions, debug, status
 from server.schemas import Limits
@@ -22,7 +23,8 @@ def create_app(
     *,
     served_model_names: tuple[str, ...],
     limits: Limits | None = None,
-    api_key: str | None = None,
+    keys: KeyRing | None = None,
+    metrics_without_key: bool = False,
 ) -> FastAPI:
     """The application over a running engine.
 
@@ -31,7 +33,8 @@ def create_app(
         text: the text side of the same model, `TextModel.load(engine.info.model_path)`.
         served_model_names: what clients may put into `model`; the first is reported.
         limits: largest body, most messages, most prompts.
-        api_key: asked of every request but health checks and metrics; None asks for nothing.
+        keys: one is asked of every request but health checks; None asks for nothing.
+        metrics_without_key: `/metrics` asks for none either.
     """
     limits = limits or Limits()
     metrics = Metrics(engine.stats, served_model_names[0])
@@ -43,7 +46,7 @@ def create_app(
     # The last one added is the first one met.
     app.add_middleware(HangUp)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
-    if api_key is not None:
-        app.add_middleware(KeyGuard, key=api_key)
+    open_paths = OPEN_PATHS | {"/metrics"} if metrics_without_key else OPEN_PATHS
+    app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
     app.add_middleware(RequestId)
     return app

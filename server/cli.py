@@ -98,6 +98,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for setting in FIELDS.values():
         default = f" (default {setting.default_text})" if setting.default_text else ""
         text = (setting.description + default).replace("`", "").replace("%", "%%")
+        if setting.name.startswith("no_"):
+            groups[setting.section].add_argument(
+                setting.flag, dest=setting.name, action="store_const", const=True, help=text
+            )
+            continue
         if isinstance(setting.default, bool):  # --enable-x and --no-enable-x
             groups[setting.section].add_argument(
                 setting.flag,
@@ -111,7 +116,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             setting.flag,
             dest=setting.name,
             nargs="+" if setting.many else None,
-            metavar="NAME" if setting.many else "VALUE",
+            metavar="NAME" if setting.many and not setting.secret else "VALUE",
             help=text,
         )
 
@@ -147,14 +152,14 @@ def _chat(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
-        api_key=os.environ.get("QUIRE_API_KEY"),
+        api_key=_local_key(),
     )
 
 
 def _kv(arguments: argparse.Namespace) -> int:
     from server.kv_map import run
 
-    return run(arguments.url or _local_url(), os.environ.get("QUIRE_API_KEY"))
+    return run(arguments.url or _local_url(), _local_key())
 
 
 def _health(arguments: argparse.Namespace) -> int:
@@ -179,6 +184,11 @@ def _local_url() -> str:
     http = Settings.read({}).http
     host = reachable(http.host)
     return f"http://{host}:{http.port}"
+
+
+def _local_key() -> str | None:
+    """The first key of the variable that the server reads too."""
+    return os.environ.get("QUIRE_API_KEY", "").partition(",")[0].strip() or None
 
 
 def reachable(host: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import re
 import time
 import uuid
@@ -19,8 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.keys import KeyRing
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 
 LINGER_BYTES = 32 * 2**20  # of a refused body that are thrown away before the connection closes
 LINGER_SECONDS = 5.0
@@ -52,13 +52,20 @@ class RequestId:
 
 
 class KeyGuard:
-    """Asks for `Authorization: Bearer <key>` on every path but the open ones."""
+    """Asks for `Authorization: Bearer <key>` on every path but the open ones.
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    `scope["state"]` gets `tenant`: whose key it is, and "" where none was asked for.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: frozenset[str]) -> None:
+        self._app, self._keys, self._open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(scope):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        tenant = "" if scope["path"] in self._open_paths else self._tenant(scope)
+        if tenant is not None:
+            scope["state"]["tenant"] = tenant
             return await self._app(scope, receive, send)
         error = ApiError(
             401,
@@ -68,10 +75,10 @@ class KeyGuard:
         )
         await error.response()(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
+    def _tenant(self, scope: Scope) -> str | None:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        same = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self._key)
-        return same and scheme.lower() == "bearer"
+        owner = self._keys.tenant(key.strip().encode("latin-1", "replace"))
+        return owner if scheme.lower() == "bearer" or not self._keys else None
 
 
 class BodyLimit:

@@ -23,6 +23,7 @@ from engine.client import EngineClient, EngineStartError, connect
 from engine.protocol import EngineInfo, Progress
 from server import __version__
 from server.cli import FAILED, MISUSED, OK, reachable
+from server.keys import KeyRing, require_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -45,14 +46,16 @@ def serve(settings: Settings) -> int:
     """Serves until a signal; the exit code.
 
     Raises:
-        SettingsError: the port cannot be taken.
+        SettingsError: the port cannot be taken, or keys are missing or cannot be read.
         EngineStartError: the engine failed in a way nobody expected.
     """
     level = settings.observability.log_level
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    keys = KeyRing.read(settings.http)
     with listening_socket(settings.http.host, settings.http.port) as bound:
+        require_keys(bound.getsockname()[0], keys, no_auth=settings.http.no_auth)
         try:
-            return asyncio.run(_serve(settings, bound))
+            return asyncio.run(_serve(settings, keys, bound))
         except EngineStartError as error:
             if not error.expected:
                 raise
@@ -86,7 +89,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def _serve(settings: Settings, bound: socket.socket) -> int:
+async def _serve(settings: Settings, keys: KeyRing, bound: socket.socket) -> int:
     stop = _signals()
     with ProgressLines(sys.stderr) as lines:
         try:
@@ -96,7 +99,7 @@ async def _serve(settings: Settings, bound: socket.socket) -> int:
         except Stopped:
             return OK
     try:
-        await _answer_http(settings, client, bound, stop)
+        await _answer_http(settings, keys, client, bound, stop)
         return OK if client.alive else FAILED
     finally:
         await client.close()
@@ -125,7 +128,11 @@ async def _unless(stop: asyncio.Queue[None], work: Awaitable[T]) -> T:
 
 
 async def _answer_http(
-    settings: Settings, client: EngineClient, bound: socket.socket, stop: asyncio.Queue[None]
+    settings: Settings,
+    keys: KeyRing,
+    client: EngineClient,
+    bound: socket.socket,
+    stop: asyncio.Queue[None],
 ) -> None:
     import uvicorn
 
@@ -136,9 +143,9 @@ async def _answer_http(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(banner(settings, client.info, bound.getsockname()), flush=True)
+            print(banner(settings, keys, client.info, bound.getsockname()), flush=True)
 
-    app = build_app(settings, client)
+    app = build_app(settings, keys, client)
     server = Server(
         uvicorn.Config(
             app,
@@ -173,7 +180,7 @@ async def _stopped_or_dead(stop: asyncio.Queue[None], client: EngineClient) -> N
     print("quire: the engine is gone; the server ends", file=sys.stderr, flush=True)
 
 
-def build_app(settings: Settings, client: EngineClient) -> FastAPI:
+def build_app(settings: Settings, keys: KeyRing, client: EngineClient) -> FastAPI:
     """The HTTP application over a running engine.
 
     Raises:
@@ -186,17 +193,18 @@ def build_app(settings: Settings, client: EngineClient) -> FastAPI:
         text = TextModel.load(client.info.model_path)
     except TextModelError as error:
         raise EngineStartError(str(error), expected=True) from None
-    key, limits = settings.http.api_key, settings.limits
+    limits = settings.limits
     return create_app(
         client,
         text,
         served_model_names=settings.model.names,
         limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
-        api_key=key.get_secret_value() if key else None,
+        keys=keys,
+        metrics_without_key=settings.http.metrics_without_key,
     )
 
 
-def banner(settings: Settings, info: EngineInfo, address: tuple[object, ...]) -> str:
+def banner(settings: Settings, keys: KeyRing, info: EngineInfo, address: tuple[object, ...]) -> str:
     """A box with what runs and how large it is, and a first request to copy."""
     url = f"http://{reachable(settings.http.host)}:{address[1]}"
     tokens = info.num_blocks * info.block_size
@@ -208,6 +216,7 @@ def banner(settings: Settings, info: EngineInfo, address: tuple[object, ...]) ->
         "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
         "KV cache": f"{info.num_blocks:,} blocks x {info.block_size} = {tokens:,} tokens, {pool}",
         "context": f"{info.max_model_len:,} tokens at most",
+        "API key": "on" if keys else "off",
     }
     title = f"Quire {__version__}"
     lines = [f"{name:<10}{value}" for name, value in rows.items()]
@@ -217,19 +226,19 @@ def banner(settings: Settings, info: EngineInfo, address: tuple[object, ...]) ->
             f"+- {title} {'-' * (width - len(title) - 1)}+",
             *(f"| {line:<{width}} |" for line in lines),
             f"+{'-' * (width + 2)}+",
-            first_request(settings, url),
+            first_request(settings.model.names[0], url, with_key=bool(keys)),
         ]
     )
 
 
-def first_request(settings: Settings, url: str) -> str:
-    """A curl line; the key stays in the variable that holds it."""
+def first_request(model: str, url: str, *, with_key: bool) -> str:
+    """A curl line; a key stays in the variable that holds it."""
     body = {
-        "model": settings.model.names[0],
+        "model": model,
         "messages": [{"role": "user", "content": "Hello"}],
         "stream": True,
     }
-    key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if settings.http.api_key else ""
+    key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if with_key else ""
     return (
         f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d '{json.dumps(body)}'"

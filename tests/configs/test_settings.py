@@ -135,8 +135,9 @@ def test_a_key_is_never_shown() -> None:
     assert "4711" not in mistake({"api_key": 4711})
     settings = Settings.of(api_key="4711")
     assert "4711" not in repr(settings)
-    assert settings.http.api_key is not None
-    assert settings.http.api_key.get_secret_value() == "4711"
+    assert [key.get_secret_value() for key in settings.http.api_key] == ["4711"]
+    several = Settings.read({}, {"QUIRE_API_KEY": "a, b"}).http.api_key
+    assert [key.get_secret_value() for key in several] == ["a", "b"]
 
 
 def test_names_come_from_the_model_unless_given(tmp_path: Path) -> None:

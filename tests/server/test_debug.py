@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.protocol import CacheView, SequenceView
+from server.keys import KeyRing
 from tests.server.front import door, says
 
 VIEW = CacheView(
@@ -44,4 +45,4 @@ def test_verify_tells_the_broken_invariant(problem: str | None, status: int) -> 
 
 def test_a_dead_engine_and_a_missing_key() -> None:
     assert door(says("x", alive=False)).get("/debug/kv").status_code == 503
-    assert door(says("x"), api_key="k").get("/debug/kv").status_code == 401
+    assert door(says("x"), keys=KeyRing([("k", "")])).get("/debug/kv").status_code == 401

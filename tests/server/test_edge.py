@@ -10,13 +10,16 @@ from typing import Any
 import httpx
 import pytest
 from starlette.routing import BaseRoute
+from starlette.types import Message, Receive, Scope, Send
 
 from server import edge
-from server.edge import OPEN_PATHS
+from server.edge import OPEN_PATHS, KeyGuard
+from server.keys import KeyRing
 from server.schemas import Limits
 from tests.server.front import CHAT, app_over, door, live, says
 
 KEY = "sk-söcret"
+KEYS = KeyRing([("sk-other", "other"), (KEY, "")])
 CHAT_PATH = "/v1/chat/completions"
 
 
@@ -41,18 +44,51 @@ def test_the_routes_are_found() -> None:
 
 @pytest.mark.parametrize(("method", "path"), [*ROUTES, ("GET", "/none"), ("POST", "/health/../v1")])
 def test_every_route_asks_for_the_key(method: str, path: str) -> None:
-    front = door(says("x"), api_key=KEY)
-    response = front.call(method, path)
-    if path in OPEN_PATHS:
-        assert response.status_code == 200
-        return
-    assert response.status_code == 401
-    if method == "HEAD":
-        return
-    error = response.json()["error"]
-    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-    key = f"Bearer {KEY}".encode()
-    assert front.call(method, path, headers={"authorization": key}).status_code != 401
+    front = door(says("x"), keys=KEYS)
+    for headers in ({}, {"authorization": b"Bearer sk"}):
+        response = front.call(method, path, headers=headers)
+        if path in OPEN_PATHS:
+            assert response.status_code == 200
+            continue
+        assert response.status_code == 401
+        if method != "HEAD":
+            error = response.json()["error"]
+            assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+    for key in ("sk-other", KEY):
+        answer = front.call(method, path, headers={"authorization": f"Bearer {key}".encode()})
+        assert answer.status_code != 401
+
+
+def test_metrics_can_be_open() -> None:
+    front = door(says("x"), keys=KEYS, metrics_without_key=True)
+    assert front.get("/metrics").status_code == 200
+    assert front.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "key", "tenant"),
+    [
+        ("/v1", KEYS, "sk-other", "other"),
+        ("/v1", KEYS, KEY, "key-2f2271c0"),
+        ("/health", KEYS, "sk-other", ""),
+        ("/v1", KeyRing(), "sk-other", ""),
+    ],
+)
+def test_routes_learn_whose_key_it_is(path: str, keys: KeyRing, key: str, tenant: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["state"]["tenant"])
+
+    async def unused() -> Message:
+        raise AssertionError
+
+    async def ignore(message: Message) -> None: ...
+
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    scope = {"type": "http", "path": path, "headers": headers, "state": {}}
+    asyncio.run(KeyGuard(app, keys, OPEN_PATHS)(scope, unused, ignore))
+    assert seen == [tenant]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +97,7 @@ def test_every_route_asks_for_the_key(method: str, path: str) -> None:
 )
 def test_bad_keys(value: str) -> None:
     headers = {"authorization": value.encode()}
-    response = door(says("x"), api_key=KEY).get("/v1/models", headers=headers)
+    response = door(says("x"), keys=KEYS).get("/v1/models", headers=headers)
     assert response.status_code == 401
     assert KEY not in response.text
 
@@ -73,7 +109,7 @@ def test_no_key_no_question() -> None:
 
 
 def test_request_id_goes_out_as_it_came_in() -> None:
-    front = door(says("x"), api_key=KEY)
+    front = door(says("x"), keys=KEYS)
     for path in ("/health", "/v1/models", "/none"):
         response = front.get(path, headers={"x-request-id": "my-id:7"})
         assert response.headers["x-request-id"] == "my-id:7"

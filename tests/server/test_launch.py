@@ -17,6 +17,7 @@ import pytest
 
 from configs.settings import Settings
 from engine.protocol import EngineInfo, Progress
+from server.keys import KeyRing
 from server.launch import ProgressLines, banner, listening_socket
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": b"ok"})
 
 launch.connect = connect
-launch.build_app = lambda settings, client: app
+launch.build_app = lambda settings, keys, client: app
 sys.exit(launch.serve(Settings.of(port=0, model=sys.argv[1])))
 """
 
@@ -157,13 +158,14 @@ def test_an_unexpected_one_is_a_traceback_and_1() -> None:
 
 def test_the_banner_tells_sizes_and_a_first_request() -> None:
     settings = Settings.of(host="0.0.0.0", api_key="4711", served_model_name=["a", "b"])
-    shown = banner(settings, INFO, ("0.0.0.0", 8000))
+    shown = banner(settings, KeyRing.read(settings.http), INFO, ("0.0.0.0", 8000))
     *box, request = shown.split("\n")
     assert len({len(line) for line in box}) == 1
     assert "http://127.0.0.1:8000" in shown
     assert "1,000 blocks x 16 = 16,000 tokens, 15.6 MiB" in shown
     assert "a, b" in shown and "2,048 tokens at most" in shown
     assert "4711" not in shown and "$QUIRE_API_KEY" in request
+    assert "$" not in banner(settings, KeyRing(), INFO, ("0.0.0.0", 8000))
 
 
 def test_a_port_is_taken_before_it_listens() -> None:

@@ -17,6 +17,7 @@ import pytest
 from scheduler.request import InvalidRequest
 from server import edge
 from server.app import create_app
+from server.keys import KeyRing
 from server.template import ChatTemplate
 from server.tokenizer import TextModel
 from tests.server.fake_engine import FakeEngine
@@ -32,7 +33,7 @@ def client_of(url: str, key: str = "none") -> openai.OpenAI:
 
 def test_sdk() -> None:
     engine = FakeEngine(lambda request, index: ids_of(f"hello 👩‍👩‍👧 {index}"))
-    with live(app_over(engine, api_key="sk")) as url, client_of(url, "sk") as client:
+    with live(app_over(engine, keys=KeyRing([("sk", "")]))) as url, client_of(url, "sk") as client:
         assert [model.id for model in client.models.list()] == ["quiet", "quiet-2"]
         chat = client.chat.completions.create(model="quiet", messages=HI, n=2)
         assert [choice.message.content for choice in chat.choices] == [
