@@ -170,6 +170,9 @@ class CacheSettings(Section):
     enable_prefix_caching: Annotated[
         bool, Field(description="Find the KV blocks of prompts that begin alike again")
     ] = True
+    isolate_prefix_cache: Annotated[
+        bool, Field(description="Never let the KV blocks of one API key be found by another")
+    ] = False
     num_gpu_blocks_override: Annotated[
         Count | None,
         Field(description="KV blocks in the pool, whatever the memory; on any device"),
@@ -183,6 +186,17 @@ class SchedulingSettings(Section):
     max_num_batched_tokens: Annotated[
         Count, Field(description="Most tokens in one step; longer prompts are read in chunks")
     ] = 2048
+    admission: Annotated[
+        Literal["optimistic", "reserve"],
+        Field(
+            description="`optimistic` starts a request when its prompt fits and may preempt one "
+            "later; `reserve` only when the longest answers of all fit, and never preempts"
+        ),
+    ] = "optimistic"
+    admission_watermark: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the KV blocks that an admission leaves free"),
+    ] = 0.01
 
     @model_validator(mode="after")
     def _every_sequence_gets_a_token(self) -> SchedulingSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,10 +112,13 @@ def assemble(
             layout.block_size,
             layout.windows,
             prefix_cache=settings.cache.enable_prefix_caching,
+            isolate_tenants=settings.cache.isolate_prefix_cache,
         ),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
+        watermark=math.ceil(settings.scheduling.admission_watermark * layout.num_blocks),
+        reserve=settings.scheduling.admission == "reserve",
     )
     return EngineLoop(scheduler, runner, _info(path, model, layout, limits, device))
 

@@ -48,6 +48,7 @@ class KVCacheManager:
     Args:
         windows: per KV group, how many positions its layers see; 0 is all.
         prefix_cache: whether blocks are published and found again.
+        isolate_tenants: whether one tenant's blocks are hidden from the others.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class KVCacheManager:
         windows: tuple[int, ...] = (0,),
         *,
         prefix_cache: bool = True,
+        isolate_tenants: bool = False,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -65,6 +67,7 @@ class KVCacheManager:
         self.windows = windows
         self._hasher = PrefixHasher(secrets.token_bytes(KEY_BYTES), block_size)
         self._prefix_cache = prefix_cache
+        self._isolate_tenants = isolate_tenants
         self._full = [g for g, window in enumerate(windows) if not window]
         self._sliding = [g for g, window in enumerate(windows) if window]
 
@@ -86,18 +89,21 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ a sequence's life
 
-    def open(self, salt: str = "") -> SequenceBlocks:
-        """Empty tables. Sequences with different salts never share blocks by content."""
-        return SequenceBlocks(len(self.windows), self._hasher.root(salt))
+    def open(self, salt: str = "", tenant: str = "") -> SequenceBlocks:
+        """Empty tables. Sequences with different salts never share blocks by content, nor do those
+        of different tenants where these are isolated."""
+        owner = tenant if self._isolate_tenants else ""
+        return SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
 
     def start(
-        self, seq: SequenceBlocks, tokens: Sequence[int], chunk: int
+        self, seq: SequenceBlocks, tokens: Sequence[int], chunk: int, spare: int = 0
     ) -> tuple[int, list[NewBlocks]] | None:
         """Fills the empty tables of a sequence that begins (or begins again).
 
         Blocks that hold a prefix of `tokens` already are shared; the last token is always left to
         be computed, since its logits are needed. Beyond them there will be room for all of
-        `tokens` in full groups and for the first `chunk` tokens to compute in sliding ones.
+        `tokens` in full groups and for the first `chunk` tokens to compute in sliding ones, and
+        `spare` blocks are left free.
 
         Returns:
             (tokens found, entries of all tables), or None if too few blocks are free.
@@ -115,7 +121,7 @@ class KVCacheManager:
         ]
         missing = sum(self.blocks_for(end) - found for end in ends)
         revived = sum(not self.pool.refs(block) for blocks in hits for block in blocks)
-        if missing + revived > self.pool.num_free:
+        if missing + revived + spare > self.pool.num_free:
             return None
         for table, first, blocks in zip(seq.tables, firsts, hits, strict=True):
             self._share(table, first, blocks)

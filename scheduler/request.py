@@ -90,6 +90,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: the prompt's token ids, at least one.
         sampling: how to continue it. Its seed is never None here (see `build`).
         n: how many answers, each its own sequence with index 0..n-1.
+        tenant: whose request it is: a name of the API key, never the key; "" without keys.
         cache_salt: requests with different salts never share cached blocks.
         arrival: `time.monotonic()` when the front door took the request.
     """
@@ -98,6 +99,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     n: int = 1
+    tenant: str = ""
     cache_salt: str = ""
     arrival: float = 0.0
 
@@ -115,6 +117,7 @@ def build(
     max_model_len: int,
     seed: int,
     n: int = 1,
+    tenant: str = "",
     cache_salt: str = "",
     param: str = "prompt",
 ) -> Request:
@@ -154,6 +157,7 @@ def build(
         prompt_ids=prompt_ids,
         sampling=sampling,
         n=n,
+        tenant=tenant,
         cache_salt=cache_salt,
         arrival=time.monotonic(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from dataclasses import dataclass
 
@@ -29,11 +30,15 @@ class Scheduler:
 
     Each step gives tokens to sequences until their `num_computed` catches up with their length:
     first one token to everybody who needs just one (decodes), then chunks of prompts to running
-    sequences, then to waiting ones while slots and blocks last. When blocks run out, the newest
-    running sequence gives all of its own back and waits, first in the queue, to be recomputed.
-
-    Every running sequence arrived before every waiting one, so the oldest always makes progress.
+    sequences, then to waiting ones while slots and blocks last. When blocks run out, a running
+    sequence gives all of its own back and waits to be recomputed: the newest of those that had to
+    do so least often. The oldest running one never has to, so there is always one that advances.
     The idea of one counter in place of phases is vLLM's (v1 scheduler).
+
+    Args:
+        watermark: blocks that an admission leaves free for those who run already.
+        reserve: admit only while everybody could grow to the full length asked for; then nobody is
+            ever preempted.
     """
 
     def __init__(
@@ -44,11 +49,15 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int] = frozenset(),
         journal: Journal | None = None,
+        watermark: int = 0,
+        reserve: bool = False,
     ) -> None:
         self.cache = cache
         self._journal = journal or Journal()
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
+        self.watermark = watermark
+        self.reserve = reserve
         self.num_preemptions = 0
         self.prefix = PrefixCounts()
         self.waiting: deque[Sequence] = deque()
@@ -86,9 +95,9 @@ class Scheduler:
             )
         seqs: list[Sequence] = []
         for index in range(request.n):
-            blocks = self.cache.open(request.cache_salt)
+            blocks = self.cache.open(request.cache_salt, request.tenant)
             leader = seqs[0] if seqs else None
-            seqs.append(Sequence(request, index, self._next_order, blocks, leader))
+            seqs.append(Sequence(request, index, self._next_order, blocks, needed, leader))
             self._next_order += 1
         self._requests[request.id] = seqs
         self.waiting.extend(seqs)
@@ -126,11 +135,11 @@ class Scheduler:
         return step.plan
 
     def _give(self, step: _Step, seq: Sequence) -> None:
-        """Gives `seq` tokens of this step, preempting newer sequences while blocks are missing."""
+        """Gives `seq` tokens of this step, preempting sequences while blocks are missing."""
         count = min(seq.todo, step.budget)
         start = seq.num_computed
         while (grown := self.cache.grow(seq.blocks, start, start + count)) is None:
-            victim = self.running[-1]
+            victim = self._victim()
             step.withdraw(victim)
             self._preempt(victim)
             self._journal.preempted(victim, seq)
@@ -138,6 +147,12 @@ class Scheduler:
             if victim is seq:
                 return
         step.choose(seq, _Share(count, grown.new, grown.copies))
+
+    def _victim(self) -> Sequence:
+        """Who gives way: never the oldest while there are others, and nobody for the second time
+        while somebody else never did. Taking turns like this, nobody is computed in vain forever.
+        """
+        return min(reversed(self.running[1:] or self.running), key=lambda s: s.num_preemptions)
 
     def _admit(self, step: _Step) -> Wait:
         """Starts waiting sequences, oldest first, until a budget ends. A sequence gets the blocks
@@ -150,12 +165,12 @@ class Scheduler:
             seq = self.waiting[0]
             if self._waits_for_leader(seq):
                 return Wait.LEADER
-            share = self._enter(seq, step.budget)
+            share = self._enter(seq, step.budget) if self._may_grow(seq) else None
             if share is None:
                 return Wait.BLOCKS
             self.waiting.popleft()
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
-            self.running.append(seq)
+            bisect.insort(self.running, seq, key=lambda s: s.order)
             self._journal.admitted(seq)
             step.plan.admitted.append(Admitted(seq.slot, seq.tokens[:], seq.request.sampling))
             step.choose(seq, share)
@@ -171,13 +186,22 @@ class Scheduler:
             and leader.num_computed < leader.num_prompt
         )
 
+    def _may_grow(self, seq: Sequence) -> bool:
+        """Whether `seq` beside all that run could get every block that it may ask for; without
+        reservations that is left to be seen."""
+        if not self.reserve:
+            return True
+        most = sum(running.most_blocks for running in self.running)
+        return most + seq.most_blocks <= self.cache.pool.num_blocks
+
     def _enter(self, seq: Sequence, budget: int) -> _Share | None:
         """Blocks for a waiting sequence: those of its leader, those that are found by content, and
         new ones. None if too few are free."""
-        forked = self._fork(seq)
+        spare = self.watermark if self.running else 0
+        forked = self._fork(seq, spare)
         if forked is not None:
             return forked
-        started = self.cache.start(seq.blocks, seq.tokens, budget)
+        started = self.cache.start(seq.blocks, seq.tokens, budget, spare)
         if started is None:
             return None
         found, new = started
@@ -185,11 +209,13 @@ class Scheduler:
         seq.num_computed = found
         return _Share(min(seq.todo, budget), new, [])
 
-    def _fork(self, seq: Sequence) -> _Share | None:
+    def _fork(self, seq: Sequence, spare: int) -> _Share | None:
         """Lets `seq` begin from the blocks of its leader, whose prompt is computed. The prompt's
         last token is computed again for its logits, in a copy of the block that it lies in."""
         leader, last = seq.leader, seq.num_prompt - 1
         if leader is None or leader.status is not Status.RUNNING or seq.num_generated:
+            return None
+        if self.cache.pool.num_free < spare + len(self.cache.windows):  # a copy in every group
             return None
         if not self.cache.fork(leader.blocks, seq.blocks, last):
             return None
@@ -263,14 +289,14 @@ class Scheduler:
     # ------------------------------------------------------------------ state changes
 
     def _preempt(self, seq: Sequence) -> None:
-        """Takes slot and blocks away; `seq` waits before everybody else and will be recomputed."""
+        """Takes slot and blocks away; `seq` waits before all newer ones and will be recomputed."""
         self.running.remove(seq)
         self._vacate(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.num_preemptions += 1
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
+        bisect.insort(self.waiting, seq, key=lambda s: s.order)
 
     def _finish(self, seq: Sequence, reason: str) -> None:
         """Ends `seq` and forgets its request once all of its sequences ended."""
@@ -301,8 +327,12 @@ class Scheduler:
         assert counts == {b: pool.refs(b) for b in range(pool.num_blocks) if pool.refs(b)}
         holds = [table.blocks for seq in self.waiting for table in seq.blocks.tables]
         assert not any(holds), "a waiting sequence holds blocks"
-        orders = [seq.order for seq in [*self.running, *self.waiting]]
-        assert orders == sorted(orders), "a newer sequence stands before an older one"
+        for queue in (self.running, self.waiting):
+            orders = [seq.order for seq in queue]
+            assert orders == sorted(orders), "a newer sequence stands before an older one"
+        if self.reserve:
+            most = sum(seq.most_blocks for seq in self.running)
+            assert most <= pool.num_blocks, "more was promised than there is"
 
 
 @dataclass(slots=True)

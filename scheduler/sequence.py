@@ -33,6 +33,7 @@ class Sequence:
         num_cached: prompt tokens whose KV was found when it first ran; None before that.
         slot: row of the device state while it runs.
         order: place in the order of arrival over all sequences.
+        most_blocks: KV blocks that it can ever hold.
         leader: the sequence of the same request whose prompt this one waits for and shares.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
         "in_flight",
         "index",
         "leader",
+        "most_blocks",
         "num_cached",
         "num_computed",
         "num_preemptions",
@@ -58,12 +60,14 @@ class Sequence:
         index: int,
         order: int,
         blocks: SequenceBlocks,
+        most_blocks: int,
         leader: Sequence | None = None,
     ) -> None:
         self.request = request
         self.index = index
         self.order = order
         self.blocks = blocks
+        self.most_blocks = most_blocks
         self.leader = leader
         self.tokens = list(request.prompt_ids)
         self.num_prompt = len(self.tokens)

@@ -133,6 +133,7 @@ class Service:
 
     def request(
         self,
+        http: HttpRequest,
         request_id: str,
         prompt: Prompt,
         sampling: SamplingParams,
@@ -155,6 +156,7 @@ class Service:
             max_model_len=info.max_model_len,
             seed=secrets.randbits(63),
             n=1 if body.n is None else body.n,
+            tenant=http.scope["state"].get("tenant", ""),
             cache_salt=body.cache_salt or "",
             param=param,
         )

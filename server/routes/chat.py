@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
         envelope = service.envelope("chatcmpl", body)
         sampling = service.sampling(body)
         ids = await asyncio.to_thread(prompt_ids, service, body)
-        request = service.request(envelope.id, Prompt(ids), sampling, body, "messages")
+        request = service.request(http, envelope.id, Prompt(ids), sampling, body, "messages")
         generation = service.generation(http, body, [request], continues=False)
         if body.stream:
             chunks = ChatChunks(envelope)

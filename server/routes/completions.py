@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
         envelope = service.envelope("cmpl", body)
         sampling = service.sampling(body)
         prompts = await asyncio.to_thread(read_prompts, service, body)
-        requests = build_requests(service, envelope.id, prompts, sampling, body)
+        requests = build_requests(service, http, envelope.id, prompts, sampling, body)
         generation = service.generation(http, body, requests, continues=True)
         n = requests[0].n
         echoes = [prompt.text for prompt in prompts] if body.echo else []
@@ -88,6 +88,7 @@ def read_prompts(service: Service, body: CompletionBody) -> list[Prompt]:
 
 def build_requests(
     service: Service,
+    http: HttpRequest,
     request_id: str,
     prompts: list[Prompt],
     sampling: SamplingParams,
@@ -101,6 +102,7 @@ def build_requests(
     several = len(prompts) > 1
     return [
         service.request(
+            http,
             f"{request_id}-{place}" if several else request_id,
             prompt,
             _with_max_tokens(sampling, len(prompt.ids), service.engine.info),

@@ -90,6 +90,22 @@ def test_salts_keep_sequences_apart():
     assert cache.start(cache.open("a"), list(range(9)), 32)[0] == 8
 
 
+@pytest.mark.parametrize(("isolated", "found"), [(False, 8), (True, 0)])
+def test_tenants_are_kept_apart_where_that_is_asked_for(isolated: bool, found: int):
+    cache = make(16, isolate_tenants=isolated)
+    mine = cache.open("", "me")
+    assert cache.start(mine, list(range(8)), 32) is not None
+    cache.publish(mine, list(range(8)), 8)
+    assert cache.start(cache.open("", "you"), list(range(9)), 32)[0] == found
+    assert cache.start(cache.open("", "me"), list(range(9)), 32)[0] == 8
+
+
+def test_salt_and_tenant_are_told_apart():
+    cache = make(1, isolate_tenants=True)
+    pairs = [("c", "ab"), ("bc", "a"), ("abc", ""), ("", "abc")]
+    assert len({cache.open(salt, tenant).root for salt, tenant in pairs}) == 4
+
+
 def test_hashes_differ_between_processes():
     chains = []
     for _ in range(2):

@@ -120,6 +120,7 @@ def make_request(
     max_tokens: int = 8,
     n: int = 1,
     cache_salt: str = "",
+    tenant: str = "",
     **sampling: object,
 ) -> Request:
     params = {"temperature": 0.0, "seed": 1, **sampling}
@@ -128,5 +129,6 @@ def make_request(
         prompt_ids=tuple(prompt),
         n=n,
         cache_salt=cache_salt,
+        tenant=tenant,
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
     )

@@ -13,10 +13,19 @@ EOS = frozenset({0})
 class Rig:
     """A scheduler with a fake device behind it."""
 
-    def __init__(self, blocks=64, block_size=4, slots=8, budget=32, eos=frozenset(), windows=(0,)):
+    def __init__(
+        self,
+        blocks=64,
+        block_size=4,
+        slots=8,
+        budget=32,
+        eos=frozenset(),
+        windows=(0,),
+        **policy,
+    ):
         cache = KVCacheManager(BlockPool(blocks), block_size, windows)
         self.scheduler = Scheduler(
-            cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=eos
+            cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=eos, **policy
         )
         self.device = FakeDevice(slots, block_size, windows)
         self.pool = cache.pool
@@ -102,12 +111,61 @@ def test_the_oldest_is_never_preempted():
     for i in range(6):
         rig.scheduler.add(make_request(str(i), [i + 1] * 3, max_tokens=7))
     while rig.scheduler.has_work:
-        oldest = min([*rig.scheduler.running, *rig.scheduler.waiting], key=lambda s: s.order)
+        oldest = min(rig.scheduler.running or rig.scheduler.waiting, key=lambda s: s.order)
         before = oldest.num_preemptions, oldest.num_computed
         rig.step()
         assert oldest.num_preemptions == before[0]
         assert oldest.status is Status.FINISHED or oldest.num_computed > before[1]
     assert rig.scheduler.num_preemptions > 0
+
+
+def test_nobody_gives_way_twice_while_others_never_did():
+    rig = Rig(blocks=16, block_size=2, slots=8, budget=16)
+    for i in range(8):
+        rig.scheduler.add(make_request(str(i), [i + 1] * 3, max_tokens=(11, 3, 7)[i % 3]))
+    while rig.scheduler.has_work:
+        before = {seq: seq.num_preemptions for seq in rig.scheduler.running}
+        rig.step()
+        again = [seq for seq, times in before.items() if seq.num_preemptions > max(times, 1)]
+        spared = [seq for seq in rig.scheduler.running[1:] if seq in before]
+        assert not again or all(seq.num_preemptions for seq in spared)
+    assert rig.scheduler.num_preemptions > 4
+
+
+def test_an_admission_leaves_the_watermark_free_but_not_for_the_first():
+    rig = Rig(blocks=8, watermark=2)
+    for name, length in [("a", 12), ("b", 16)]:
+        rig.scheduler.add(make_request(name, [ord(name)] * length, max_tokens=2))
+    rig.step()
+    assert [s.request.id for s in rig.scheduler.running] == ["a"], "b would leave 1 block"
+    rig.drain()
+    rig.scheduler.add(make_request("all", [1] * 30, max_tokens=2))
+    rig.step()
+    assert rig.pool.num_free == 0
+    rig.drain()
+
+
+def test_forks_leave_the_watermark_free():
+    rig = Rig(blocks=6, watermark=2)
+    rig.scheduler.add(make_request("a", [1] * 9, max_tokens=4, n=4, temperature=1.0))
+    for _ in range(3):
+        rig.step()
+        assert rig.pool.num_free >= 2
+    rig.drain()
+
+
+def test_with_reservations_nobody_is_preempted():
+    optimistic, careful = (Rig(blocks=24, block_size=2, reserve=r) for r in (False, True))
+    most = 0
+    for rig in (optimistic, careful):
+        for i in range(8):
+            rig.scheduler.add(make_request(str(i), [i + 1] * 3, max_tokens=12, n=1 + i % 2))
+        while rig.scheduler.has_work:
+            rig.step()
+            most = max(most, len(rig.scheduler.running))
+    assert optimistic.scheduler.num_preemptions > 0
+    assert careful.scheduler.num_preemptions == 0
+    assert careful.answers == optimistic.answers
 
 
 def test_each_of_n_answers_has_its_own_random_numbers():

@@ -20,6 +20,7 @@ from paged_cache.pool import BlockPool
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import InvalidRequest, Request
 from scheduler.scheduler import Progress, Scheduler
+from scheduler.sequence import Sequence
 from tests.scheduler.fake_device import FakeDevice, expected, make_request
 
 EOS = frozenset({0, 1, 2})
@@ -40,6 +41,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         windows=st.sampled_from([(0,), (0,), (5,), (0, 7), (4, 0, 4), (3, 9)]),
         prefix_cache=st.booleans(),
+        isolated=st.booleans(),
+        watermark=st.sampled_from([0, 0, 1, 5]),
+        reserve=st.sampled_from([False, False, False, True]),
     )
     def start(
         self,
@@ -49,11 +53,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         windows: tuple[int, ...],
         prefix_cache: bool,
+        isolated: bool,
+        watermark: int,
+        reserve: bool,
     ) -> None:
         self.pool = BlockPool(blocks)
-        cache = KVCacheManager(self.pool, block_size, windows, prefix_cache=prefix_cache)
+        cache = KVCacheManager(
+            self.pool,
+            block_size,
+            windows,
+            prefix_cache=prefix_cache,
+            isolate_tenants=isolated,
+        )
         self.scheduler = Scheduler(
-            cache, max_num_seqs=slots, max_num_batched_tokens=budget, eos_token_ids=EOS
+            cache,
+            max_num_seqs=slots,
+            max_num_batched_tokens=budget,
+            eos_token_ids=EOS,
+            watermark=watermark,
+            reserve=reserve,
         )
         self.device = FakeDevice(slots, block_size, windows)
         self.in_flight: deque[StepResult] = deque()
@@ -69,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 1.0]),
         ignore_eos=st.booleans(),
         salt=st.sampled_from(["", "", "other"]),
+        tenant=st.sampled_from(["", "t1", "t2"]),
     )
     def add(
         self,
@@ -79,12 +98,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         temperature: float,
         ignore_eos: bool,
         salt: str,
+        tenant: str,
     ) -> None:
         name = f"r{len(self.requests)}"
         prompt = [*range(shared), *own]
-        request = make_request(
-            name, prompt, max_tokens, n, salt, temperature=temperature, ignore_eos=ignore_eos
-        )
+        options = {"temperature": temperature, "ignore_eos": ignore_eos}
+        request = make_request(name, prompt, max_tokens, n, salt, tenant, **options)
         cache = self.scheduler.cache
         length = len(prompt) + max_tokens - 1
         try:
@@ -98,11 +117,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
     def plan(self) -> None:
-        before = self.scheduler.has_work
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert before or not plan.scheduled
+        scheduler = self.scheduler
+        idle = not scheduler.has_work
+        before = {seq: seq.num_preemptions for seq in scheduler.running}
+        plan = scheduler.schedule()
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert not idle or not plan.scheduled
+        self.gave_way_in_turn(before)
         self.in_flight.append(self.device.run(plan))
+
+    def gave_way_in_turn(self, before: dict[Sequence, int]) -> None:
+        """The oldest kept its blocks, and nobody lost its own again before all others did once."""
+        lost = [seq for seq, times in before.items() if seq.num_preemptions > times]
+        oldest, *others = sorted(before, key=lambda seq: seq.order) or [None]
+        assert oldest not in lost or not others
+        if any(seq.num_preemptions > 1 for seq in lost):
+            assert all(seq.num_preemptions for seq in others)
+        assert not lost or not self.scheduler.reserve
 
     @precondition(lambda self: self.in_flight)
     @rule()
@@ -136,6 +167,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             type(self).rules_run += 1
             self.scheduler.check()
             assert self.pool.num_free + self.pool.num_used == self.pool.num_blocks
+            if self.scheduler.reserve:
+                assert not self.scheduler.num_preemptions
             self.windows_hold_little()
 
     def windows_hold_little(self) -> None:

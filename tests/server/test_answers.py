@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from scheduler.request import InvalidRequest, Request
 from server import generate
+from server.keys import KeyRing
 from tests.server.fake_engine import FakeEngine
-from tests.server.front import chunks, door, says
+from tests.server.front import CHAT, COMPLETION, chunks, door, says
 from tests.server.text_models import BOS, byte_level_tokenizer, ids_of
 
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
@@ -88,6 +89,15 @@ def test_usage_tells_what_was_found_cached() -> None:
     details = {"cached_tokens": 16}
     assert front.chat(n=3).json()["usage"]["prompt_tokens_details"] == details
     assert chunks(front.chat(n=3, **USAGE))[-1]["usage"]["prompt_tokens_details"] == details
+
+
+def test_tenants_reach_the_engine() -> None:
+    engine = says("hello")
+    front = door(engine, keys=KeyRing([("k1", "ann"), ("k2", "bob")]))
+    front.call("POST", "/v1/chat/completions", json=CHAT, headers={"authorization": "Bearer k1"})
+    front.call("POST", "/v1/completions", json=COMPLETION, headers={"authorization": "Bearer k2"})
+    door(engine).chat()
+    assert [request.tenant for request in engine.submitted] == ["ann", "bob", ""]
 
 
 def test_salts_reach_the_engine() -> None:
