@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMPAT := .venv-compat
 # The first of these that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON = $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
@@ -11,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint types format bench train-embedded settings-doc docker-test clean
+.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test docker-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -53,8 +54,17 @@ train-embedded: $(INSTALLED) ## train the small model that comes along
 settings-doc: $(INSTALLED) ## write docs/settings.md from the settings tree
 	$(BIN)/python -m configs.settings_doc
 
+compat-test: $(INSTALLED) $(COMPAT)/.installed ## other people's clients and hostile ones against a real server
+	$(BIN)/python -m tests.compat.serve $(COMPAT)/bin/python -m pytest -rP tests/compat $(ARGS)
+
+# litellm asks for older packages than ours: these clients live in an environment of their own.
+$(COMPAT)/.installed: requirements-compat.lock | $(INSTALLED)
+	@test -x $(COMPAT)/bin/python || $(BIN)/python -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -r requirements-compat.lock
+	@touch $@
+
 docker-test: ## build the image and try it with Prometheus (BASE_IMAGE, PROMETHEUS_IMAGE)
 	tests/docker/run.sh
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(COMPAT) .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from engine.client import EngineClient
-from server import __version__, errors
+from server import __version__, errors, openapi
 from server.edge import OPEN_PATHS, BodyLimit, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
 from server.metrics import Metrics
@@ -43,6 +43,7 @@ def create_app(
     for module in (chat, completions, debug, status):
         app.include_router(module.router(service))
     errors.install(app)
+    openapi.install(app)
     # The last one added is the first one met.
     app.add_middleware(HangUp)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)

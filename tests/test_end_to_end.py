@@ -20,6 +20,8 @@ import httpx
 import openai
 import pytest
 
+from tests.server.strict import strict_client
+
 ROOT = Path(__file__).parent.parent
 MODEL = "quire-embedded"
 QUESTION = [{"role": "user", "content": "What is a block table?"}]
@@ -75,7 +77,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return strict_client(server.url)
 
 
 def streamed(client: openai.OpenAI, **options: object) -> tuple[list[str], list[str], object]:

@@ -22,18 +22,15 @@ from server.template import ChatTemplate
 from server.tokenizer import TextModel
 from tests.server.fake_engine import FakeEngine
 from tests.server.front import CHAT, app_over, live, says, wait_for, within
+from tests.server.strict import strict_client
 from tests.server.text_models import byte_level_tokenizer, ids_of
 
 HI = [{"role": "user", "content": "hi"}]
 
 
-def client_of(url: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
-
 def test_sdk() -> None:
     engine = FakeEngine(lambda request, index: ids_of(f"hello 👩‍👩‍👧 {index}"))
-    with live(app_over(engine, keys=KeyRing([("sk", "")]))) as url, client_of(url, "sk") as client:
+    with live(app_over(engine, keys=KeyRing([("sk", "")]))) as url, strict_client(url, "sk") as client:
         assert [model.id for model in client.models.list()] == ["quiet", "quiet-2"]
         chat = client.chat.completions.create(model="quiet", messages=HI, n=2)
         assert [choice.message.content for choice in chat.choices] == [
@@ -51,12 +48,12 @@ def test_sdk() -> None:
             client.chat.completions.create(model="quiet", messages=HI, temperature=3)
         assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
         with pytest.raises(openai.AuthenticationError):
-            client_of(url, "other").models.list()
+            strict_client(url, "other").models.list()
 
 
 def test_sdk_streams() -> None:
     engine = FakeEngine(lambda request, index: ids_of(f"hello 👩‍👩‍👧 {index}"), step_seconds=0.001)
-    with live(app_over(engine)) as url, client_of(url) as client:
+    with live(app_over(engine)) as url, strict_client(url) as client:
         texts: dict[int, str] = defaultdict(str)
         usage = None
         for chunk in client.chat.completions.create(
@@ -73,11 +70,11 @@ def test_sdk_streams() -> None:
 
 def test_sdk_sees_errors_of_streams() -> None:
     refusal = InvalidRequest("no room", "prompt", "kv_capacity_exceeded")
-    with live(app_over(says("hello", refuse=refusal))) as url, client_of(url) as client:
+    with live(app_over(says("hello", refuse=refusal))) as url, strict_client(url) as client:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="quiet", messages=HI, stream=True)
         assert refused.value.code == "kv_capacity_exceeded"
-    with live(app_over(says("hello world", fail_after=1))) as url, client_of(url) as client:
+    with live(app_over(says("hello world", fail_after=1))) as url, strict_client(url) as client:
         stream = client.chat.completions.create(model="quiet", messages=HI, stream=True)
         with pytest.raises(openai.APIError, match="a kernel failed"):
             list(stream)
