@@ -250,6 +250,10 @@ class ObservabilitySettings(Section):
         BeforeValidator(_lower),
         Field(description="Least important log line that is written"),
     ] = "info"
+    trace_steps: Annotated[
+        int,
+        Field(ge=0, description="Steps of the scheduler that `/debug/steps` remembers; 0 is off"),
+    ] = 1024
 
 
 class Settings(BaseSettings):

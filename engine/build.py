@@ -16,6 +16,7 @@ from engine.loop import EngineLoop
 from engine.memory import available_bytes
 from engine.protocol import EngineInfo
 from engine.runner import Runner
+from engine.step_trace import StepTrace
 from kernels import dispatch
 from models import loader, registry
 from models.config import CheckpointError, ModelConfig
@@ -106,6 +107,8 @@ def assemble(
     runner = _runner(model, layout, backend, limits, device)
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
     _warm_up(runner, limits)
+    keep = settings.observability.trace_steps
+    trace = StepTrace(keep, limits.max_num_seqs) if keep else None
     scheduler = Scheduler(
         KVCacheManager(
             BlockPool(layout.num_blocks),
@@ -119,8 +122,9 @@ def assemble(
         eos_token_ids=frozenset(config.eos_token_ids),
         watermark=math.ceil(settings.scheduling.admission_watermark * layout.num_blocks),
         reserve=settings.scheduling.admission == "reserve",
+        journal=trace,
     )
-    return EngineLoop(scheduler, runner, _info(path, model, layout, limits, device))
+    return EngineLoop(scheduler, runner, _info(path, model, layout, limits, device), trace)
 
 
 def _info(

@@ -23,6 +23,7 @@ from engine.protocol import (
     Inspect,
     Inspection,
     Progress,
+    ReadTrace,
     Ready,
     Shutdown,
     StartFailed,
@@ -30,6 +31,8 @@ from engine.protocol import (
     Submit,
     ToEngine,
     TokenDelta,
+    Trace,
+    TraceView,
 )
 from scheduler.request import InvalidRequest, Request
 
@@ -72,7 +75,7 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """Five verbs: submit, abort, stats, inspect, close."""
+    """Six verbs: submit, abort, stats, inspect, trace, close."""
 
     @property
     def info(self) -> EngineInfo:
@@ -104,6 +107,13 @@ class EngineClient(Protocol):
 
         Args:
             verify: also check every invariant.
+
+        Raises:
+            EngineDead: the engine is gone.
+        """
+
+    async def trace(self) -> TraceView:
+        """The last steps of the scheduler, for people who debug.
 
         Raises:
             EngineDead: the engine is gone.
@@ -164,7 +174,7 @@ class _StreamingClient:
         self._aborted: list[str] = []
         self._submitted: list[Request] = []
         self._numbers = itertools.count()
-        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
+        self._asked: dict[int, asyncio.Future[Any]] = {}
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
         self._dead = False
@@ -200,16 +210,23 @@ class _StreamingClient:
         return stream
 
     async def inspect(self, *, verify: bool = False) -> Inspection:
+        found: Inspection = await self._ask(Inspect(next(self._numbers), verify))
+        return found
+
+    async def trace(self) -> TraceView:
+        found: Trace = await self._ask(ReadTrace(next(self._numbers)))
+        return found.view
+
+    async def _ask(self, question: Inspect | ReadTrace) -> Any:
+        """The message that answers `question`."""
         if self._dead:
             raise EngineDead("the engine is gone")
-        number = next(self._numbers)
-        answer = asyncio.get_running_loop().create_future()
-        self._inspections[number] = answer
+        answer = self._asked[question.id] = asyncio.get_running_loop().create_future()
         try:
-            self._send(Inspect(number, verify))
+            self._send(question)
             return await answer
         finally:
-            del self._inspections[number]
+            del self._asked[question.id]
 
     def abort(self, request_id: str) -> None:
         if request_id in self._streams and not self._dead:
@@ -229,10 +246,10 @@ class _StreamingClient:
             self._send(Abort(self._aborted))
         self._submitted, self._aborted = [], []
 
-    def _dispatch(self, output: StepOutput | Inspection) -> None:
+    def _dispatch(self, output: StepOutput | Inspection | Trace) -> None:
         """Hands one step's output to the streams."""
-        if isinstance(output, Inspection):
-            answer = self._inspections.get(output.id)
+        if isinstance(output, Inspection | Trace):
+            answer = self._asked.get(output.id)
             if answer is not None and not answer.done():
                 answer.set_result(output)
             return
@@ -257,7 +274,7 @@ class _StreamingClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineDead("the engine is gone"))
-        for answer in self._inspections.values():
+        for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(EngineDead("the engine is gone"))
 
@@ -334,7 +351,7 @@ class ProcessEngine(_StreamingClient):
             self._stop_reading()
             self._die()
             return
-        assert isinstance(message, StepOutput | Inspection)
+        assert isinstance(message, StepOutput | Inspection | Trace)
         self._dispatch(message)
 
     def _stop_reading(self) -> None:

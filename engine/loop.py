@@ -14,6 +14,7 @@ from engine.protocol import (
     Failure,
     Inspect,
     Inspection,
+    ReadTrace,
     Refusal,
     SequenceView,
     Shutdown,
@@ -21,7 +22,10 @@ from engine.protocol import (
     Submit,
     ToEngine,
     TokenDelta,
+    Trace,
+    TraceView,
 )
+from engine.step_trace import StepTrace
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import InvalidRequest, Request
 from scheduler.scheduler import Progress, Scheduler
@@ -53,17 +57,28 @@ class Inbox(Protocol):
 
 
 class EngineLoop:
-    """Scheduler and runner, stepped in turn."""
+    """Scheduler and runner, stepped in turn.
 
-    def __init__(self, scheduler: Scheduler, runner: PlanRunner, info: EngineInfo) -> None:
+    Args:
+        trace: what it keeps of the steps; the same one is the scheduler's journal.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: PlanRunner,
+        info: EngineInfo,
+        trace: StepTrace | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
+        self._trace = trace
         self._output = StepOutput(stats=EngineStats())
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
 
-    def run(self, inbox: Inbox, send: Callable[[StepOutput | Inspection], None]) -> None:
+    def run(self, inbox: Inbox, send: Callable[[StepOutput | Inspection | Trace], None]) -> None:
         """Serves until `Shutdown` or the end of the inbox."""
         while True:
             try:
@@ -75,6 +90,8 @@ class EngineLoop:
                     return
                 if isinstance(message, Inspect):
                     send(self.inspect(message))
+                elif isinstance(message, ReadTrace):
+                    send(Trace(message.id, self._trace.view() if self._trace else TraceView()))
                 else:
                     self.take(message)
             if self.scheduler.has_work:
@@ -102,7 +119,11 @@ class EngineLoop:
 
     def step(self) -> None:
         """Plans, computes and commits one step. An exception ends the requests in it, no others."""
+        if self._trace:
+            self._trace.begin()
         plan = self.scheduler.schedule()
+        if self._trace:
+            self._trace.planned(plan, self.scheduler)
         if not plan.scheduled:
             self.scheduler.commit(StepResult(plan.id, []))
             return
@@ -115,8 +136,12 @@ class EngineLoop:
         self._failed_in_a_row = 0
         self._steps += 1
         self._tell(self.scheduler.commit(result))
+        if self._trace:
+            self._trace.ended(plan.id)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
+        if self._trace:
+            self._trace.ended(plan.id, failed=True)
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= MAX_FAILED_STEPS:
             raise error

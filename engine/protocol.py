@@ -6,6 +6,8 @@ torch nor the HTTP stack.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from scheduler.request import Request
@@ -126,6 +128,12 @@ class Inspect(msgspec.Struct, frozen=True, tag=True):
     verify: bool = False
 
 
+class ReadTrace(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the step trace; answered by a `Trace` with the same `id`."""
+
+    id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, free everything, exit 0."""
 
@@ -172,6 +180,99 @@ class Inspection(msgspec.Struct, frozen=True, tag=True):
     problem: str | None = None
 
 
+DecisionKind = Literal["admitted", "preempted", "waits", "finished"]
+
+
+class Decision(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What the scheduler decided about one sequence, at `at` seconds of the trace's clock.
+
+    | kind      | detail                     | number                  | slot        |
+    |-----------|----------------------------|-------------------------|-------------|
+    | admitted  |                            | tokens found in a cache | that it got |
+    | preempted | request it gave way to     | and the answer's index  |             |
+    | waits     | why the first of the queue |                         |             |
+    | finished  | reason                     | tokens generated        |             |
+    """
+
+    at: float
+    kind: DecisionKind
+    request_id: str
+    index: int
+    detail: str = ""
+    number: int = 0
+    slot: int = -1
+
+
+class StepRecord(msgspec.Struct, array_like=True, gc=False):
+    """One step of the scheduler. Times are seconds of the trace's clock.
+
+    Attributes:
+        step: number of the plan; -1 until it is made.
+        planned, ended: when it was planned and when its tokens were read back; 0 before that.
+        running, waiting: sequences, once it was planned.
+        blocks_used: KV blocks held by sequences then.
+        failed: computing it raised.
+        shares: int32 of this machine's byte order, three rows of equal length: slots, first
+            positions, and tokens computed, negative where no token was sampled.
+        decisions: from the beginning of this step to that of the next one.
+    """
+
+    began: float
+    decisions: list[Decision]
+    step: int = -1
+    planned: float = 0.0
+    ended: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    failed: bool = False
+    shares: bytes = b""
+
+
+class RequestLife(msgspec.Struct, array_like=True):
+    """A request of which the trace still knows something.
+
+    Attributes:
+        arrival, queued: when the front door took it, when the scheduler did.
+        unfinished: answers whose end is not forgotten yet.
+    """
+
+    arrival: float
+    queued: float
+    prompt_tokens: int
+    unfinished: int
+
+
+class SlotUser(msgspec.Struct, frozen=True, array_like=True):
+    """The sequence that holds a slot."""
+
+    request_id: str
+    index: int
+
+
+class TraceView(msgspec.Struct, frozen=True):
+    """The last steps.
+
+    Attributes:
+        keep: steps kept at most; 0 where tracing is off.
+        since_epoch: added to a time of the trace, gives seconds since 1970.
+        slots: who held each slot before the first of `steps`.
+        requests: by id.
+        steps: oldest first.
+    """
+
+    keep: int = 0
+    since_epoch: float = 0.0
+    slots: list[SlotUser | None] = []
+    requests: dict[str, RequestLife] = {}
+    steps: list[StepRecord] = []
+
+
+class Trace(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    view: TraceView
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """Start-up progress of one phase (`download`, `weights`, `memory`, `kernels`), done of total
     in its own units."""
@@ -204,5 +305,5 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TokenDelta] = []
 
 
-ToEngine = Submit | Abort | Inspect | Shutdown
-FromEngine = Progress | Ready | StartFailed | StepOutput | Inspection
+ToEngine = Submit | Abort | Inspect | ReadTrace | Shutdown
+FromEngine = Progress | Ready | StartFailed | StepOutput | Inspection | Trace

@@ -7,7 +7,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.client import EngineDead, RequestFailed
-from engine.protocol import CacheView, EngineInfo, EngineStats, Inspection, TokenDelta
+from engine.protocol import (
+    CacheView,
+    EngineInfo,
+    EngineStats,
+    Inspection,
+    TokenDelta,
+    TraceView,
+)
 from scheduler.request import InvalidRequest, Request
 from scheduler.stopping import FinishReason
 
@@ -41,6 +48,7 @@ class FakeEngine:
         fail_after: steps after which a request fails.
         cached_tokens: prompt tokens that every request finds cached.
         view, problem: what `inspect` answers.
+        steps: what `trace` answers.
         submitted, aborted, finished: what happened, in order.
     """
 
@@ -56,6 +64,7 @@ class FakeEngine:
     snapshot: EngineStats = field(default_factory=EngineStats)
     view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
     problem: str | None = None
+    steps: TraceView = field(default_factory=TraceView)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -130,6 +139,11 @@ class FakeEngine:
         if not self.alive:
             raise EngineDead("it died")
         return Inspection(0, self.view, self.problem if verify else None)
+
+    async def trace(self) -> TraceView:
+        if not self.alive:
+            raise EngineDead("it died")
+        return self.steps
 
     async def close(self) -> None:
         self.alive = False
