@@ -64,9 +64,9 @@ def prefill_kernel(
         before = context - count  # tokens of this sequence that are older than the chunk
         positions = before + index
         last_query = tl.minimum(first_query + QUERIES, count) - 1
-        begin, end = 0, tl.cdiv(before + last_query + 1, TILE)
+        first, end = 0, tl.cdiv(before + last_query + 1, TILE)
         if WINDOW > 0:
-            begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE
+            first = tl.maximum(before + first_query - WINDOW + 1, 0)
 
         table = tables + seq * max_blocks
         top = tl.full([ROWS], -1e30, tl.float32)
@@ -74,9 +74,11 @@ def prefill_kernel(
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         # One masked loop. A second one without the mask for tiles that every row sees made the
         # code twice as long and spilled registers on sm_80 and sm_100.
-        for tile in range(begin, end):
+        for tile in range(first // TILE, end):
             tokens = tile * TILE + tl.arange(0, TILE)
             seen = tokens < context
+            if WINDOW > 0:  # what lies behind it may be another sequence's by now, or NaN
+                seen = seen & (tokens >= first)
             places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
             k = load_keys(keys, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
             dots = tl.dot(q, k, input_precision=PRECISION)

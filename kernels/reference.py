@@ -128,13 +128,16 @@ def _attend(
     """Dense attention of the last len(query) positions of one sequence, in at least float32."""
     tokens, heads, head_dim = query.shape
     kv_heads, context_len, _ = keys.shape
+    # Blocks behind the first query's window may be another sequence's by now, or hold NaN.
+    first = max(context_len - tokens - window + 1, 0) if window else 0
+    keys, values = keys[:, first:], values[:, first:]
     work = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(work).view(tokens, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("qhgd,hkd->hgqk", grouped, keys.to(work)) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     positions = torch.arange(context_len - tokens, context_len, device=query.device)[:, None]
-    seen = torch.arange(context_len, device=query.device)[None, :]
+    seen = torch.arange(first, context_len, device=query.device)[None, :]
     visible = seen <= positions
     if window > 0:
         visible &= seen > positions - window

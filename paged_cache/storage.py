@@ -26,8 +26,8 @@ class KVStorage:
         else:
             dtype = getattr(torch, layout.format.dtype)
         shape = (layout.pages_per_block, 2, layout.num_blocks, layout.kv_heads, *tile)
-        # Zeros, not garbage: a tile is loaded whole and its unused rows are masked by a product
-        # with 0, which a stray NaN would survive. On CPUs the system hands zero pages out lazily.
+        # On CPUs the system hands zero pages out lazily. No kernel lets what nobody stored into a
+        # result: the tests put NaN there.
         self.blocks: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.pages = tuple(self.blocks[place] for _, place in layout.places)
 

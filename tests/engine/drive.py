@@ -12,17 +12,20 @@ from engine.build import build
 from engine.loop import EngineLoop
 from engine.protocol import Submit
 from scheduler.request import Request, SamplingParams
+from tests.engine.poison import poison
 
 
 def engine(path: Path, **settings: Any) -> EngineLoop:
-    """An engine on a checkpoint: float32, one thread (the test runner has the other cores).
+    """An engine on a checkpoint: float32, one thread (the test runner has the other cores), NaN
+    in blocks that hold nothing.
 
     `TEST_DEVICE=cuda` puts it on a GPU, which is how `benchmarks.gpu_check` runs the tests.
     """
     device = os.environ.get("TEST_DEVICE", "cpu")
-    return build(
-        Settings.of(model=str(path), dtype="float32", cpu_threads=1, device=device, **settings)
+    wanted = Settings.of(
+        model=str(path), dtype="float32", cpu_threads=1, device=device, **settings
     )
+    return poison(build(wanted))
 
 
 def request(name: str, prompt: Iterable[int], **sampling: Any) -> Request:

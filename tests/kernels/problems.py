@@ -1,6 +1,7 @@
 """Random paged-attention problems, and the answer computed without any paging.
 
-Every slot that no token owns holds NaN, so a kernel that lets stale memory into a result fails.
+Every slot that no token owns holds NaN, and with a window every slot that no query sees any more,
+so a kernel that lets stale memory into a result fails.
 """
 
 from dataclasses import dataclass, replace
@@ -124,10 +125,34 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")))
 
 
+def seen_pages(problem: Problem, window: int) -> Pages:
+    """The pages as they are when the tokens behind the window of each first query are gone."""
+    pages = problem.pages
+    block_size = page_shape(pages)[1]
+    counts = problem.starts.diff().tolist()
+    gone = [
+        (table[at // block_size], at % block_size)
+        for table, context, count in zip(problem.tables, problem.lens.tolist(), counts, strict=True)
+        for at in range(context - count - window + 1 if window else 0)
+    ]
+    if not gone:
+        return pages
+    blocks, offsets = (torch.tensor(list(places)) for places in zip(*gone, strict=True))
+    if isinstance(pages, QuantizedPages):
+        pages = replace(pages, tiles=pages.tiles.clone())
+        for part in pages.parts:
+            if part is not None:
+                part.view(torch.uint8)[:, blocks, :, offsets] = 255
+        return pages
+    pages = pages.clone()
+    pages[:, blocks, :, offsets] = float("nan")
+    return pages
+
+
 def run_decode(op, problem: Problem, **options) -> Tensor:
     return op(
         problem.query,
-        problem.pages,
+        seen_pages(problem, options.get("window", 0)),
         problem.tables,
         problem.lens,
         scale=problem.scale,
@@ -138,7 +163,7 @@ def run_decode(op, problem: Problem, **options) -> Tensor:
 def run_prefill(op, problem: Problem, **options) -> Tensor:
     return op(
         problem.query,
-        problem.pages,
+        seen_pages(problem, options.get("window", 0)),
         problem.tables,
         problem.lens,
         problem.starts,
