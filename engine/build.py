@@ -25,10 +25,15 @@ from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
 from scheduler.plan import Admitted, ScheduledSeq, StepPlan
-from scheduler.request import SamplingParams
+from scheduler.request import MAX_LOGPROBS, SamplingParams
 from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("quire.engine")
+
+# The largest step is measured with what takes the most memory per sampled row.
+COSTLY = SamplingParams(
+    top_p=0.9, repetition_penalty=1.1, presence_penalty=1.0, logprobs=MAX_LOGPROBS
+)
 
 
 class StartError(Exception):
@@ -311,7 +316,7 @@ def _largest_step(runner: Runner, limits: Limits) -> None:
     longest = limits.max_model_len - 1
     budget = min(limits.max_num_batched_tokens, seqs * longest)
     counts = [budget // seqs + (i < budget % seqs) for i in range(seqs)]
-    runner.run(_prompts(counts))
+    runner.run(_prompts(counts, COSTLY))
 
 
 def _warm_up(runner: Runner, limits: Limits) -> None:
@@ -320,18 +325,17 @@ def _warm_up(runner: Runner, limits: Limits) -> None:
     for seqs in sorted({1, min(4, limits.max_num_seqs), min(16, limits.max_num_seqs)}):
         if seqs * length > limits.max_num_batched_tokens:
             break
-        runner.run(_prompts([length] * seqs))
+        runner.run(_prompts([length] * seqs, SamplingParams(temperature=0)))
         decodes = [ScheduledSeq(slot, length, 1, True) for slot in range(seqs)]
         runner.run(StepPlan(-1, scheduled=decodes))
 
 
-def _prompts(counts: list[int]) -> StepPlan:
+def _prompts(counts: list[int], sampling: SamplingParams) -> StepPlan:
     """A plan that reads `counts[slot]` tokens into each slot and samples. Fresh tables are all
     zeros, so everything is written into block 0."""
-    greedy = SamplingParams(temperature=0)
     items = sorted(enumerate(counts), key=lambda item: item[1] > 1)
     return StepPlan(
         -1,
-        admitted=[Admitted(slot, [0] * count, greedy) for slot, count in items],
+        admitted=[Admitted(slot, [0] * count, count, sampling) for slot, count in items],
         scheduled=[ScheduledSeq(slot, 0, count, True) for slot, count in items],
     )

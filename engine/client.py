@@ -95,9 +95,9 @@ class EngineClient(Protocol):
             EngineDead: the engine is gone.
         """
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request within one step; unknown ids are ignored. Its stream ends with
-        finish_reason `abort`."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or only its answer `index`, within one step; unknown ids are ignored.
+        What was ended has the finish_reason `abort`."""
 
     def stats(self) -> EngineStats:
         """The newest snapshot, without a round trip."""
@@ -171,7 +171,7 @@ class _StreamingClient:
 
     def __init__(self) -> None:
         self._streams: dict[str, _Stream] = {}
-        self._aborted: list[str] = []
+        self._aborted = Abort([], [])
         self._submitted: list[Request] = []
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
@@ -228,23 +228,28 @@ class _StreamingClient:
         finally:
             del self._asked[question.id]
 
-    def abort(self, request_id: str) -> None:
-        if request_id in self._streams and not self._dead:
-            self._flush_soon()
-            self._aborted.append(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if request_id not in self._streams or self._dead:
+            return
+        self._flush_soon()
+        if index is None:
+            self._aborted.request_ids.append(request_id)
+        else:
+            self._aborted.answers.append((request_id, index))
 
     def _flush_soon(self) -> None:
         """All that this turn of the event loop has to say becomes one message of each kind."""
-        if not self._submitted and not self._aborted:
+        aborted = self._aborted.request_ids or self._aborted.answers
+        if not self._submitted and not aborted:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         # Submissions first: an abort may be of a request that was submitted in this very turn.
         if self._submitted:
             self._send(Submit(self._submitted))
-        if self._aborted:
-            self._send(Abort(self._aborted))
-        self._submitted, self._aborted = [], []
+        if self._aborted.request_ids or self._aborted.answers:
+            self._send(self._aborted)
+        self._submitted, self._aborted = [], Abort([], [])
 
     def _dispatch(self, output: StepOutput | Inspection | Trace) -> None:
         """Hands one step's output to the streams."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.state import SlotState
+from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
 from kernels.pages import Pages
 from models.context import ForwardContext, GroupTables
@@ -24,6 +24,7 @@ class StepInputs:
         sampled_slots: int64 [wanted]
         sampled_at: int64 [wanted]; the position that the sampled token will have
         uniforms: float64 [wanted]
+        traits: of the sampled rows
     """
 
     token_ids: Tensor
@@ -32,6 +33,7 @@ class StepInputs:
     sampled_slots: Tensor
     sampled_at: Tensor
     uniforms: Tensor
+    traits: Traits
 
 
 class InputBuilder:
@@ -76,6 +78,7 @@ class InputBuilder:
         max_context_len = max(ends_host)
         width = -(-max_context_len // self.block_size)
         wanted = [row for row, item in enumerate(items) if item.wants_token]
+        traits = state.traits([items[row].slot for row in wanted], [ends_host[r] for r in wanted])
         chosen = slice(None) if len(wanted) == len(items) else state.to_device(wanted, torch.int64)
         query_start = torch.nn.functional.pad(ends[num_decodes:] - num_decodes, (1, 0))
         return StepInputs(
@@ -104,4 +107,5 @@ class InputBuilder:
             uniforms=state.to_device(
                 [item.uniform for item in items if item.wants_token], torch.float64
             ),
+            traits=traits,
         )

@@ -103,6 +103,8 @@ class EngineLoop:
         if isinstance(message, Abort):
             for request_id in message.request_ids:
                 self._tell(self.scheduler.abort(request_id))
+            for request_id, index in message.answers:
+                self._tell(self.scheduler.abort(request_id, index=index))
             return
         for request in message.requests:
             self._submit(request)
@@ -159,6 +161,8 @@ class EngineLoop:
                     item.finish_reason,
                     item.stop_reason,
                     item.seq.num_cached or 0,
+                    item.scores,
+                    item.prompt_scores,
                 )
             )
 

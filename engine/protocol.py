@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from scheduler.plan import Scores
 from scheduler.request import Request
 from scheduler.stopping import FinishReason
 
@@ -28,6 +29,9 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
         stop_reason: the stop token id that ended it, when one of the request's own
             `stop_token_ids` did.
         cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        scores: log-probabilities of `tokens`, where the request asks for them.
+        prompt_scores: those of the next tokens of the prompt, its second one first. They come
+            before the first token, in deltas without tokens.
     """
 
     request_id: str
@@ -36,6 +40,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     cached_tokens: int = 0
+    scores: Scores | None = None
+    prompt_scores: Scores | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -114,7 +120,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Attributes:
+    answers: single answers to end: request id and index.
+    """
+
     request_ids: list[str]
+    answers: list[tuple[str, int]] = []
 
 
 class Inspect(msgspec.Struct, frozen=True, tag=True):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.inputs import InputBuilder, StepInputs
+from engine.logit_rules import apply_rules
+from engine.logprobs import prompt_rows, score, score_prompt
 from engine.sampler import sample
-from engine.state import SlotState
+from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
 from kernels.pages import Pages, QuantizedPages
 from models.decoder import CausalLM
 from paged_cache.layout import KVLayout
 from paged_cache.manager import BlockCopy
 from paged_cache.storage import KVStorage
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import Scores, StepPlan, StepResult
 
 
 class Runner:
@@ -32,7 +38,12 @@ class Runner:
         self.model = model
         self.storage = KVStorage(layout, device)
         self.state = SlotState(
-            max_num_seqs, max_model_len, layout.block_size, device, len(layout.groups)
+            max_num_seqs,
+            max_model_len,
+            layout.block_size,
+            device,
+            len(layout.groups),
+            tuple(model.config.eos_token_ids),
         )
         layer_groups = tuple(group for group, _ in layout.places)
         self.inputs = InputBuilder(
@@ -47,9 +58,11 @@ class Runner:
             self._copy(plan.copies)
         inputs = self.inputs.build(plan)
         hidden = self.model(inputs.token_ids, inputs.context)
+        prompt_scores = self._score_prompts(plan, hidden)
         if not inputs.sampled_rows.shape[0]:
-            return StepResult(plan.id, [])
-        return StepResult(plan.id, self._sample(plan, inputs, hidden))
+            return StepResult(plan.id, [], prompt_scores=prompt_scores)
+        tokens, scores = self._sample(inputs, hidden)
+        return StepResult(plan.id, tokens, scores, prompt_scores)
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         """All copies of a step at once; no block is both read and written."""
@@ -57,15 +70,43 @@ class Runner:
         target = self.state.to_device([copy.dst for copy in copies], torch.int64)
         self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> list[int]:
+    def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[list[int], list[Scores | None]]:
         if inputs.sampled_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[inputs.sampled_rows]
         logits = self.model.logits(hidden)
+        state, slots, at = self.state, inputs.sampled_slots, inputs.sampled_at
+        ruled = apply_rules(logits, state, slots, at, inputs.traits)
+        tokens = sample(ruled, state, slots, inputs.traits, inputs.uniforms)
+        state.tokens[slots, at] = tokens.int()
+        return tokens.tolist(), self._score(logits, tokens, inputs.traits)
+
+    def _score(self, logits: Tensor, tokens: Tensor, traits: Traits) -> list[Scores | None]:
+        """The log-probabilities of each row that asked for them; [] where none did."""
+        asked = traits["logprobs"]
+        rows = np.flatnonzero(asked >= 0).tolist()
+        if not rows:
+            return []
+        chosen = self.state.to_device(rows, torch.int64)
+        told = score(logits[chosen], tokens[chosen], int(asked.max()))
+        scores: list[Scores | None] = [None] * len(asked)
+        for place, row in enumerate(rows):
+            scores[row] = told.cut(place, 1, int(asked[row]))
+        return scores
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[Scores]:
+        """The log-probabilities of prompt tokens, for each sequence of the plan that tells some."""
+        items = [item for item in plan.scheduled if item.num_scored]
+        if not items:
+            return []
         state = self.state
-        host = [state.sampling[item.slot] for item in plan.scheduled if item.wants_token]
-        tokens = sample(logits, state, inputs.sampled_slots, host, inputs.uniforms)
-        state.tokens[inputs.sampled_slots, inputs.sampled_at] = tokens.int()
-        return tokens.tolist()  # type: ignore[no-any-return]
+        where = state.to_device(prompt_rows(plan).ravel().tolist(), torch.int64)
+        rows, slots, positions = where.view(3, -1)
+        following = state.tokens[slots, positions + 1].long()
+        counts = [item.num_scored for item in items]
+        most = state.traits([item.slot for item in items], counts)["prompt_logprobs"].tolist()
+        told = score_prompt(hidden[rows], self.model.logits, following, max(most))
+        firsts = itertools.accumulate(counts, initial=0)
+        return [told.cut(f, n, k) for f, n, k in zip(firsts, counts, most, strict=False)]
 
 
 def _pages(storage: KVStorage, layout: KVLayout) -> tuple[Pages, ...]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from engine.state import SlotState
-from scheduler.request import SamplingParams
+from engine.state import SlotState, Traits
 
 # Most of a nucleus (top-p) lies in few tokens: on CPUs that many are ranked before all are.
 HEAD = 1024
@@ -19,7 +16,7 @@ def sample(
     logits: Tensor,
     state: SlotState,
     slots: Tensor,
-    host: Sequence[SamplingParams],
+    traits: Traits,
     uniforms: Tensor,
 ) -> Tensor:
     """One token id per row.
@@ -30,22 +27,22 @@ def sample(
     Args:
         logits: [rows, vocab]
         slots: int64 [rows]; whose parameters apply
-        host: the same parameters on the host, to choose the cheapest path
+        traits: of the rows, on the host, to choose the cheapest path
         uniforms: float64 [rows] in [0, 1); ignored where the row is greedy
 
     Returns:
         int64 [rows]
     """
     greedy = logits.argmax(-1)
-    if all(params.greedy for params in host):
+    if traits["greedy"].all():
         return greedy
     temperature = state.temperature[slots]
     is_greedy = temperature == 0
     # A floor keeps the division finite; at 1e-5 the distribution is a spike already.
     scale = torch.where(is_greedy, 1.0, temperature).clamp_min(1e-5)
     probs = torch.softmax(logits.float() / scale[:, None], -1)
-    if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in host if not p.greedy):
-        max_k = max(p.top_k for p in host)
+    if traits["filtered"].any():
+        max_k = int(traits["top_k"].max())
         probs = _filter(probs, state.top_k[slots], state.top_p[slots], state.min_p[slots], max_k)
     return torch.where(is_greedy, greedy, invert_cdf(probs, uniforms))
 

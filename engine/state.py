@@ -5,11 +5,41 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from scheduler.plan import StepPlan
-from scheduler.request import SamplingParams
+from scheduler.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+# A forbidden token has this added, not minus infinity: where a grammar leaves nothing else, it is
+# still drawn.
+FORBIDDEN = -1e9
+ALWAYS = 2**31
+
+Traits = npt.NDArray[np.void]
+"""What the host must know of slots or rows to choose the cheapest path: fields of `TRAITS`."""
+
+TRAITS = np.dtype(
+    [
+        ("greedy", np.bool_),
+        ("filtered", np.bool_),
+        ("top_k", np.int64),
+        ("penalized", np.bool_),
+        ("num_edits", np.int64),
+        ("logprobs", np.int64),  # -1 where none are asked for
+        ("prompt_logprobs", np.int64),  # the same
+        ("length", np.int64),  # tokens before the one to choose; of rows, not of slots
+    ]
+)
 
 
 class SlotState:
@@ -21,8 +51,12 @@ class SlotState:
         tokens: int32 [slots, max_model_len]; ids so far. The sampler writes the newest one here,
             where the next step finds it without a round trip to the host.
         block_tables: int32 [groups, slots, max_blocks]
-        temperature, top_p, min_p: float32 [slots]; top_k: int64 [slots], 0 where off
-        sampling: the same on the host, to choose the sampler's path without reading the device.
+        temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty:
+            float32 [slots]
+        top_k: int64 [slots], 0 where off; num_prompt, num_edits: int64 [slots]
+        edit_ids, edit_until: int64 [slots, most edits]; edit_values: float32, the same shape. The
+            first num_edits of a row count: `value` is added to the logit of token `id` while fewer
+            than `until` tokens are generated.
     """
 
     def __init__(
@@ -32,17 +66,31 @@ class SlotState:
         block_size: int,
         device: torch.device,
         num_groups: int = 1,
+        eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.device = device
         self.max_blocks = -(-max_model_len // block_size)
         self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
         shape = (num_groups, num_slots, self.max_blocks)
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_slots, device=device)
-        self.top_p = torch.ones(num_slots, device=device)
-        self.min_p = torch.zeros(num_slots, device=device)
-        self.top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.sampling = [SamplingParams()] * num_slots
+        self._floats = torch.zeros(6, num_slots, device=device)
+        self.temperature, self.top_p, self.min_p = self._floats[:3]
+        self.presence_penalty, self.frequency_penalty, self.repetition_penalty = self._floats[3:]
+        self._counts = torch.zeros(3, num_slots, dtype=torch.int64, device=device)
+        self.top_k, self.num_prompt, self.num_edits = self._counts
+        most_edits = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(eos_token_ids)
+        self.edit_ids, self.edit_until = torch.zeros(
+            2, num_slots, most_edits, dtype=torch.int64, device=device
+        )
+        self.edit_values = torch.zeros(num_slots, most_edits, device=device)
+        self._eos_token_ids = eos_token_ids
+        self._traits = np.zeros(num_slots, TRAITS)
+
+    def traits(self, slots: list[int], lengths: list[int]) -> Traits:
+        """[rows]; of rows in `slots`, whose next token has `lengths` tokens before it."""
+        rows = self._traits[slots]
+        rows["length"] = lengths
+        return rows
 
     def to_device(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         """A host list as a device tensor, without waiting for the device."""
@@ -68,12 +116,34 @@ class SlotState:
         self._scatter(self.tokens, starts, [new.tokens for new in plan.admitted])
         slots = self.to_device([new.slot for new in plan.admitted], torch.int64)
         params = [new.sampling for new in plan.admitted]
-        self.temperature[slots] = self.to_device([p.temperature for p in params], torch.float32)
-        self.top_p[slots] = self.to_device([p.top_p for p in params], torch.float32)
-        self.min_p[slots] = self.to_device([p.min_p for p in params], torch.float32)
-        self.top_k[slots] = self.to_device([max(p.top_k, 0) for p in params], torch.int64)
-        for new in plan.admitted:
-            self.sampling[new.slot] = new.sampling
+        floats = [getattr(p, name) for name in _FLOATS for p in params]
+        edits = [self._edits(p) for p in params]
+        counts = [
+            *(max(p.top_k, 0) for p in params),
+            *(new.num_prompt for new in plan.admitted),
+            *map(len, edits),
+        ]
+        rows = len(params)
+        self._floats[:, slots] = self.to_device(floats, torch.float32).view(-1, rows)
+        self._counts[:, slots] = self.to_device(counts, torch.int64).view(-1, rows)
+        for new, made in zip(plan.admitted, edits, strict=True):
+            self._traits[new.slot] = _traits(new.sampling, len(made))
+            if made:
+                self._write_edits(new.slot, made)
+
+    def _edits(self, params: SamplingParams) -> list[tuple[int, int, float]]:
+        """(id, until, value) of every token whose logit the request changes."""
+        edits = [(token, ALWAYS, bias) for token, bias in params.logit_bias.items()]
+        if params.min_tokens:
+            ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+            edits += [(token, params.min_tokens, FORBIDDEN) for token in sorted(ends)]
+        return edits
+
+    def _write_edits(self, slot: int, edits: list[tuple[int, int, float]]) -> None:
+        ids, until, values = zip(*edits, strict=True)
+        self.edit_ids[slot, : len(edits)] = self.to_device(list(ids), torch.int64)
+        self.edit_until[slot, : len(edits)] = self.to_device(list(until), torch.int64)
+        self.edit_values[slot, : len(edits)] = self.to_device(list(values), torch.float32)
 
     def _scatter(self, rows: Tensor, starts: list[int], pieces: list[list[int]]) -> None:
         """Writes each piece into the flattened `rows` from its start on, in one operation."""
@@ -82,3 +152,19 @@ class SlotState:
         )
         values = self.to_device(list(chain.from_iterable(pieces)), torch.int32)
         rows.view(-1)[self._move(torch.from_numpy(where))] = values
+
+
+def _traits(params: SamplingParams, num_edits: int) -> tuple[int | bool, ...]:
+    """One value of `TRAITS`."""
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    asked = (params.logprobs, params.prompt_logprobs)
+    counts = [-1 if count is None else count for count in asked]
+    return (
+        params.greedy,
+        filtered and not params.greedy,
+        max(params.top_k, 0),
+        params.penalized,
+        num_edits,
+        *counts,
+        0,
+    )

@@ -96,19 +96,25 @@ class KVCacheManager:
         return SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
 
     def start(
-        self, seq: SequenceBlocks, tokens: Sequence[int], chunk: int, spare: int = 0
+        self,
+        seq: SequenceBlocks,
+        tokens: Sequence[int],
+        chunk: int,
+        spare: int = 0,
+        reusable: int | None = None,
     ) -> tuple[int, list[NewBlocks]] | None:
         """Fills the empty tables of a sequence that begins (or begins again).
 
         Blocks that hold a prefix of `tokens` already are shared; the last token is always left to
-        be computed, since its logits are needed. Beyond them there will be room for all of
-        `tokens` in full groups and for the first `chunk` tokens to compute in sliding ones, and
-        `spare` blocks are left free.
+        be computed, since its logits are needed, and so is everything from position `reusable` on.
+        Beyond them there will be room for all of `tokens` in full groups and for the first `chunk`
+        tokens to compute in sliding ones, and `spare` blocks are left free.
 
         Returns:
             (tokens found, entries of all tables), or None if too few blocks are free.
         """
-        found = self._find(seq, tokens)
+        most = len(tokens) - 1 if reusable is None else min(len(tokens) - 1, reusable)
+        found = self._find(seq, tokens, most // self.block_size)
         position = found * self.block_size
         firsts = [self._first_seen(group, position) for group in range(len(self.windows))]
         hits = [
@@ -213,12 +219,11 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ inside
 
-    def _find(self, seq: SequenceBlocks, tokens: Sequence[int]) -> int:
-        """Most blocks from the start of `tokens` whose content the pool has, in every group as far
-        as the next position sees them; the last token is left out."""
+    def _find(self, seq: SequenceBlocks, tokens: Sequence[int], found: int) -> int:
+        """Most blocks from the start of `tokens`, up to `found`, whose content the pool has, in
+        every group as far as the next position sees them."""
         if not self._prefix_cache:
             return 0
-        found = (len(tokens) - 1) // self.block_size
         self._hasher.extend(seq.root, seq.chain, tokens, found)
         holds, chain = self.pool.holds, seq.chain
         for group in self._full:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from paged_cache.manager import BlockCopy
 from scheduler.request import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A sequence that takes a slot in this step: `tokens` are all it has so far."""
+    """A sequence that takes a slot in this step: `tokens` are all it has so far, the first
+    `num_prompt` of them its prompt."""
 
     slot: int
     tokens: list[int]
+    num_prompt: int
     sampling: SamplingParams
 
 
@@ -34,6 +38,8 @@ class ScheduledSeq:
     Attributes:
         wants_token: the last of them is the sequence's last token, so a new one is sampled.
         uniform: the random number in [0, 1) of that token; 0 where the choice is greedy.
+        score_from, num_scored: positions score_from .. score_from + num_scored - 1 of the prompt
+            tell the log-probability of the prompt token after them.
     """
 
     slot: int
@@ -41,6 +47,8 @@ class ScheduledSeq:
     count: int
     wants_token: bool
     uniform: float = 0.0
+    score_from: int = 0
+    num_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +71,43 @@ class StepPlan:
         return sum(item.count for item in self.scheduled)
 
 
+class Scores(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of consecutive tokens, as the model has them: the raw log-softmax.
+
+    Attributes:
+        logprobs: of each token.
+        ranks: of each token; 1 is the likeliest.
+        top_ids, top_logprobs: of the likeliest tokens at each place, descending; as many as were
+            asked for.
+    """
+
+    logprobs: list[float]
+    ranks: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+    def cut(self, first: int, count: int, most: int) -> Scores:
+        """`count` tokens from `first` on, with at most `most` of the likeliest."""
+        places = slice(first, first + count)
+        return Scores(
+            self.logprobs[places],
+            self.ranks[places],
+            [ids[:most] for ids in self.top_ids[places]],
+            [values[:most] for values in self.top_logprobs[places]],
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out of a plan: one token id for each scheduled sequence with `wants_token`, in
-    the plan's order."""
+    """What came out of a plan.
+
+    Attributes:
+        tokens: one id for each scheduled sequence with `wants_token`, in the plan's order.
+        scores: of those tokens, None where nobody asked; empty where nobody at all did.
+        prompt_scores: one for each scheduled sequence with `num_scored`, in the plan's order.
+    """
 
     plan_id: int
     tokens: list[int]
+    scores: list[Scores | None] = field(default_factory=list)
+    prompt_scores: list[Scores] = field(default_factory=list)

@@ -14,6 +14,8 @@ import msgspec
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 MAX_N = 128
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
 
 
 class InvalidRequest(ValueError):
@@ -44,20 +46,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_p: keep the smallest set of likeliest tokens whose probabilities add up to top_p, in
             (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest, in [0, 1].
+        presence_penalty, frequency_penalty: taken off the logits of tokens of the answer, once or
+            once per occurrence, in [-2, 2].
+        repetition_penalty: divides the positive logits of tokens of prompt and answer, multiplies
+            the negative ones; in (0, 2], 1 is off.
+        logit_bias: token id -> what is added to its logit, in [-100, 100].
         seed: fixes the random numbers of the request; None draws a seed when the request is built.
-        max_tokens: most tokens to generate; None means up to the end of the context.
+        max_tokens: most tokens to generate; None means up to the end of the context; 0 computes
+            the prompt alone.
+        min_tokens: before so many tokens none is chosen that would end the answer.
         stop_token_ids: token ids that end the answer, beside the model's own end-of-sequence ids.
         ignore_eos: do not stop at the model's end-of-sequence ids.
+        logprobs: tell the log-probability of each token, and of so many of the likeliest; None
+            tells nothing. They are those of the model: before temperature and everything above.
+        prompt_logprobs: the same for the prompt's tokens but the first.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # `not (a <= x <= b)` also refuses NaN.
@@ -65,21 +84,46 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or positive", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, name, "between -2 and 2", value)
+        penalty = self.repetition_penalty
+        _require(0 < penalty <= 2, "repetition_penalty", "above 0 and at most 2", penalty)
+        if self.logit_bias:
+            self._check_bias()
         if self.seed is not None:
             _require(SEED_MIN <= self.seed <= SEED_MAX, "seed", "a 64-bit integer", self.seed)
         if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+            _require(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)
+        _require(self.min_tokens >= 0, "min_tokens", "0 or more", self.min_tokens)
         _require(
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
             "stop_token_ids",
             f"at most {MAX_STOP_TOKEN_IDS} ids",
             len(self.stop_token_ids),
         )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                limit = f"between 0 and {MAX_LOGPROBS}"
+                _require(0 <= count <= MAX_LOGPROBS, name, limit, count)
+
+    def _check_bias(self) -> None:
+        limit = f"at most {MAX_LOGIT_BIAS} tokens"
+        count = len(self.logit_bias)
+        _require(count <= MAX_LOGIT_BIAS, "logit_bias", limit, count)
+        for token, bias in self.logit_bias.items():
+            _require(-100 <= bias <= 100, f"logit_bias.{token}", "between -100 and 100", bias)
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken without drawing a random number."""
         return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether tokens that occurred before count less, or more."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +180,7 @@ def build(
         raise InvalidRequest(
             f"{param} has token id {bad}, but the vocabulary ends at {vocab_size - 1}", param
         )
+    _check_ids(sampling, vocab_size)
     wanted = sampling.max_tokens
     if len(prompt_ids) + (wanted or 1) > max_model_len:
         asked = f"{wanted} in max_tokens" if wanted else "at least 1 to generate"
@@ -146,8 +191,11 @@ def build(
             "context_length_exceeded",
         )
     changes: dict[str, object] = {}
+    most = max_model_len - len(prompt_ids) if wanted is None else wanted
     if wanted is None:
-        changes["max_tokens"] = max_model_len - len(prompt_ids)
+        changes["max_tokens"] = most
+    limit = f"at most the {most} of max_tokens"
+    _require(sampling.min_tokens <= most, "min_tokens", limit, sampling.min_tokens)
     if sampling.seed is None:
         changes["seed"] = seed
     if changes:
@@ -161,3 +209,12 @@ def build(
         cache_salt=cache_salt,
         arrival=time.monotonic(),
     )
+
+
+def _check_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raises `InvalidRequest` for a token id of a sampling field that the model does not have."""
+    limit = f"between 0 and {vocab_size - 1}"
+    for place, token in enumerate(sampling.stop_token_ids):
+        _require(0 <= token < vocab_size, f"stop_token_ids.{place}", limit, token)
+    for token in sampling.logit_bias:
+        _require(0 <= token < vocab_size, f"logit_bias.{token}", f"for an id {limit}", token)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
 from scheduler.journal import Journal, Wait
-from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan, StepResult
+from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import InvalidRequest, Request
 from scheduler.sequence import NO_SLOT, Sequence, Status
@@ -17,12 +17,15 @@ from scheduler.stopping import FinishReason, finish_reason
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step did for one sequence: its new tokens, and why it ended if it did."""
+    """What a step did for one sequence: its new tokens and their log-probabilities, those of a
+    part of its prompt, and why it ended if it did."""
 
     seq: Sequence
     tokens: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    scores: Scores | None = None
+    prompt_scores: Scores | None = None
 
 
 class Scheduler:
@@ -64,7 +67,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival
         self._requests: dict[str, list[Sequence]] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._planned: dict[int, list[Sequence]] = {}  # plan id -> who gets a token from it
+        self._planned: dict[int, _Awaited] = {}  # by plan id
         self._next_plan = 0
         self._next_order = 0
 
@@ -104,10 +107,13 @@ class Scheduler:
         for seq in seqs:
             self._journal.queued(seq)
 
-    def abort(self, request_id: str, reason: str = "abort") -> list[Progress]:
-        """Ends what is left of a request and frees its blocks at once; unknown ids are ignored.
-        The journal gets the `reason`."""
-        live = [s for s in self._requests.get(request_id, []) if s.status is not Status.FINISHED]
+    def abort(
+        self, request_id: str, reason: str = "abort", *, index: int | None = None
+    ) -> list[Progress]:
+        """Ends what is left of a request, or of its answer `index`, and frees the blocks at once;
+        unknown ids are ignored. The journal gets the `reason`."""
+        seqs = [s for s in self._requests.get(request_id, []) if index in (None, s.index)]
+        live = [s for s in seqs if s.status is not Status.FINISHED]
         for seq in live:
             self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
@@ -172,7 +178,9 @@ class Scheduler:
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
             bisect.insort(self.running, seq, key=lambda s: s.order)
             self._journal.admitted(seq)
-            step.plan.admitted.append(Admitted(seq.slot, seq.tokens[:], seq.request.sampling))
+            step.plan.admitted.append(
+                Admitted(seq.slot, seq.tokens[:], seq.num_prompt, seq.request.sampling)
+            )
             step.choose(seq, share)
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
         return Wait.BUDGET if not step.budget else Wait.SLOT
@@ -201,7 +209,9 @@ class Scheduler:
         forked = self._fork(seq, spare)
         if forked is not None:
             return forked
-        started = self.cache.start(seq.blocks, seq.tokens, budget, spare)
+        # Positions whose logits are wanted must be computed, whatever the cache holds.
+        reusable = seq.length if seq.num_scored >= seq.to_score else seq.num_scored
+        started = self.cache.start(seq.blocks, seq.tokens, budget, spare, reusable)
         if started is None:
             return None
         found, new = started
@@ -239,7 +249,7 @@ class Scheduler:
     def _close(self, step: _Step) -> None:
         """Writes the chosen sequences into the plan, single tokens first, and counts their tokens
         as computed."""
-        plan, sampled = step.plan, []
+        plan, awaited = step.plan, _Awaited([], [])
         for seq, share in sorted(step.chosen.items(), key=lambda item: item[1].count > 1):
             start = seq.num_computed
             seq.num_computed += share.count
@@ -250,27 +260,47 @@ class Scheduler:
                 if not sampling.greedy:
                     number = uniform(sampling.seed or 0, seq.index, seq.num_generated)
                 seq.in_flight += 1
-                sampled.append(seq)
-            plan.scheduled.append(ScheduledSeq(seq.slot, start, share.count, wants_token, number))
+                awaited.tokens.append(seq)
+            first, scored = seq.num_scored, min(seq.num_computed, seq.to_score) - seq.num_scored
+            if scored > 0:
+                seq.num_scored += scored
+                awaited.scores.append(seq)
+            plan.scheduled.append(
+                ScheduledSeq(
+                    seq.slot, start, share.count, wants_token, number, first, max(scored, 0)
+                )
+            )
             plan.copies.extend(share.copies)
             plan.new_blocks.extend(
                 SlotBlocks(seq.slot, new.group, new.first, new.blocks) for new in share.new
             )
-        self._planned[plan.id] = sampled
+        self._planned[plan.id] = awaited
 
     def commit(self, result: StepResult) -> list[Progress]:
         """Takes the tokens of a plan in. Sequences that ended since it was made are passed over."""
-        progress = []
-        for seq, token in zip(self._planned.pop(result.plan_id), result.tokens, strict=True):
-            if seq.status is Status.FINISHED:
-                continue
-            seq.in_flight -= 1
-            seq.tokens.append(token)
-            reason, stop = finish_reason(seq, self.eos_token_ids)
-            if reason is not None:
-                self._finish(seq, reason)
-            progress.append(Progress(seq, [token], reason, stop))
+        awaited = self._planned.pop(result.plan_id)
+        progress = [
+            Progress(seq, [], prompt_scores=scores)
+            for seq, scores in zip(awaited.scores, result.prompt_scores, strict=True)
+            if seq.status is not Status.FINISHED
+        ]
+        scores = result.scores or [None] * len(result.tokens)
+        for seq, token, told in zip(awaited.tokens, result.tokens, scores, strict=True):
+            if seq.status is not Status.FINISHED:
+                progress.append(self._take(seq, token, told))
         return progress
+
+    def _take(self, seq: Sequence, token: int, scores: Scores | None) -> Progress:
+        """One sampled token, which may be the last of its answer."""
+        seq.in_flight -= 1
+        if seq.request.sampling.max_tokens == 0:
+            self._finish(seq, "length")
+            return Progress(seq, [], "length")
+        seq.tokens.append(token)
+        reason, stop = finish_reason(seq, self.eos_token_ids)
+        if reason is not None:
+            self._finish(seq, reason)
+        return Progress(seq, [token], reason, stop, scores)
 
     def fail(self, plan: StepPlan) -> list[str]:
         """Ends every request that `plan` touches, after its step raised.
@@ -342,6 +372,14 @@ class PrefixCounts:
     queries: int = 0
     hits: int = 0
     recovered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """Who gets a token, and who log-probabilities of its prompt, from a plan."""
+
+    tokens: list[Sequence]
+    scores: list[Sequence]
 
 
 @dataclass(frozen=True, slots=True)

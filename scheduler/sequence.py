@@ -31,6 +31,8 @@ class Sequence:
         num_computed: tokens whose KV is stored, counting the steps that were planned.
         in_flight: tokens that planned steps will sample; the device has them before the host.
         num_cached: prompt tokens whose KV was found when it first ran; None before that.
+        num_scored: positions of the prompt that planned steps tell the next token's
+            log-probability of.
         slot: row of the device state while it runs.
         order: place in the order of arrival over all sequences.
         most_blocks: KV blocks that it can ever hold.
@@ -47,6 +49,7 @@ class Sequence:
         "num_computed",
         "num_preemptions",
         "num_prompt",
+        "num_scored",
         "order",
         "request",
         "slot",
@@ -74,6 +77,7 @@ class Sequence:
         self.num_computed = 0
         self.in_flight = 0
         self.num_cached: int | None = None
+        self.num_scored = 0
         self.num_preemptions = 0
         self.slot = NO_SLOT
         self.status = Status.WAITING
@@ -101,6 +105,14 @@ class Sequence:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the planned steps already generate every token that it may have."""
+        """Whether the planned steps already generate every token that it may have. An answer of 0
+        tokens draws one, which is thrown away, so that it ends like all others."""
         limit = self.request.sampling.max_tokens
-        return limit is not None and self.num_generated >= limit
+        return limit is not None and self.num_generated >= max(limit, 1)
+
+    @property
+    def to_score(self) -> int:
+        """Positions of the prompt whose next token's log-probability is asked for: all but the
+        last, told by the first of n answers."""
+        asked = self.request.sampling.prompt_logprobs is not None and self.index == 0
+        return self.num_prompt - 1 if asked else 0

@@ -13,9 +13,11 @@ from scheduler.request import SamplingParams
 
 def draw(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
     state = SlotState(len(params), 4, 1, torch.device("cpu"))
-    state.apply(StepPlan(0, admitted=[Admitted(i, [0], p) for i, p in enumerate(params)]))
-    slots = torch.arange(len(params))
-    return sample(logits, state, slots, params, torch.tensor(uniforms).double()).tolist()
+    state.apply(StepPlan(0, admitted=[Admitted(i, [0], 1, p) for i, p in enumerate(params)]))
+    slots = list(range(len(params)))
+    traits = state.traits(slots, [1] * len(slots))
+    draws = torch.tensor(uniforms).double()
+    return sample(logits, state, torch.tensor(slots), traits, draws).tolist()
 
 
 def allowed(logits: np.ndarray, params: SamplingParams) -> set[int]:
@@ -30,7 +32,7 @@ def allowed(logits: np.ndarray, params: SamplingParams) -> set[int]:
     probs /= probs.sum()
     kept, mass = set(), 0.0
     for token in order:
-        if mass >= params.top_p or probs[token] == 0:
+        if (params.top_p < 1 and mass >= params.top_p) or probs[token] == 0:
             break
         kept.add(int(token))
         mass += probs[token]

@@ -1,0 +1,68 @@
+"""Log-probabilities of chosen and of given tokens, from the model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from scheduler.plan import Scores, StepPlan
+
+# Logits of a long prompt are made and scored piece by piece: all at once would take gigabytes.
+PIECE_ROWS = 128
+
+
+def score(logits: Tensor, tokens: Tensor, most: int) -> Scores:
+    """The raw log-softmax of each row's token, its rank, and the `most` likeliest tokens.
+
+    Args:
+        logits: [rows, vocab]
+        tokens: int64 [rows]
+    """
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = 1 + (logits > chosen).sum(-1)
+    top = logits.topk(min(most, logits.shape[1]), -1)
+    return Scores(
+        (chosen - total).squeeze(1).tolist(),
+        ranks.tolist(),
+        top.indices.tolist(),
+        (top.values - total).tolist(),
+    )
+
+
+def score_prompt(
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], tokens: Tensor, most: int
+) -> Scores:
+    """`score` of rows whose logits are not there yet and may be too many to have at once.
+
+    Args:
+        hidden: [rows, width]; the model's last hidden states
+        logits: gives the logits of some of them
+    """
+    whole = Scores([], [], [], [])
+    for first in range(0, hidden.shape[0], PIECE_ROWS):
+        piece = slice(first, first + PIECE_ROWS)
+        part = score(logits(hidden[piece]), tokens[piece], most)
+        whole.logprobs.extend(part.logprobs)
+        whole.ranks.extend(part.ranks)
+        whole.top_ids.extend(part.top_ids)
+        whole.top_logprobs.extend(part.top_logprobs)
+    return whole
+
+
+def prompt_rows(plan: StepPlan) -> npt.NDArray[np.int64]:
+    """[3, scored]: row of the step, slot and position of every token of a prompt that is to tell
+    the log-probability of the next one."""
+    pieces = [np.zeros((3, 0), np.int64)]
+    first = 0
+    for item in plan.scheduled:
+        if item.num_scored:
+            positions = np.arange(item.score_from, item.score_from + item.num_scored)
+            slots = np.full_like(positions, item.slot)
+            pieces.append(np.stack([positions - item.start + first, slots, positions]))
+        first += item.count
+    return np.concatenate(pieces, axis=1)
