@@ -13,6 +13,16 @@ SAMPLING = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.9, "seed": 1234},
     "filtered": {"temperature": 1.2, "seed": -7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "ruled": {
+        "temperature": 0.8,
+        "seed": 5,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.3,
+        "logit_bias": {60: 3.0, 61: -100.0},
+        "min_tokens": 10,
+        "ignore_eos": False,
+    },
 }
 
 
@@ -31,6 +41,9 @@ def crowd() -> list[Request]:
             max_tokens=40,
             temperature=rng.choice([0.0, 0.7, 1.5]),
             top_p=rng.choice([1.0, 0.8]),
+            frequency_penalty=rng.choice([0.0, 1.0]),
+            min_tokens=rng.choice([0, 40]),
+            logprobs=rng.choice([None, 2]),
             seed=i,
         )
         for i in range(16)

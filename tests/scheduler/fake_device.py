@@ -10,7 +10,7 @@ be predicted from the prompt alone (`expected`).
 import hashlib
 import struct
 
-from scheduler.plan import ScheduledSeq, StepPlan, StepResult
+from scheduler.plan import ScheduledSeq, Scores, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import Request, SamplingParams
 
@@ -65,7 +65,9 @@ class FakeDevice:
             self._store(item)
         for item in plan.scheduled:
             self._attend(item)
-        return StepResult(plan.id, [self._sample(i) for i in plan.scheduled if i.wants_token])
+        scores = [self._score(item) for item in plan.scheduled if item.num_scored]
+        tokens = [self._sample(item) for item in plan.scheduled if item.wants_token]
+        return StepResult(plan.id, tokens, prompt_scores=scores)
 
     def _apply(self, plan: StepPlan) -> None:
         for new in plan.admitted:
@@ -102,6 +104,12 @@ class FakeDevice:
                 assert found == digest(tokens[: position + 1]), (
                     f"slot {item.slot}, group {group}, position {position}: not its own KV"
                 )
+
+    def _score(self, item: ScheduledSeq) -> Scores:
+        """In place of log-probabilities the positions themselves, which must be computed."""
+        positions = range(item.score_from, item.score_from + item.num_scored)
+        assert item.start <= positions[0] <= positions[-1] < item.start + item.count
+        return Scores([float(p) for p in positions], [], [], [])
 
     def _sample(self, item: ScheduledSeq) -> int:
         tokens = self.tokens[item.slot]

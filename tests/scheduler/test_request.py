@@ -20,7 +20,15 @@ LIMITS = {"vocab_size": 100, "max_model_len": 32, "seed": 9}
         ("top_k", -2),
         ("min_p", 1.5),
         ("seed", 2**63),
-        ("max_tokens", 0),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 2.1),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("max_tokens", -1),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
         ("stop_token_ids", tuple(range(200))),
     ],
 )
@@ -52,6 +60,30 @@ def test_ids_outside_the_vocabulary_are_refused(token: int):
         build("a", (1, token), SamplingParams(), **LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stop_token_ids": (5, 100)}, "stop_token_ids.1"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias.-1"),
+        ({"logit_bias": {5: 1.0, 100: 1.0}}, "logit_bias.100"),
+        ({"min_tokens": 31}, "min_tokens"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+    ],
+)
+def test_fields_that_need_the_model_to_be_judged(fields: dict[str, object], param: str):
+    with pytest.raises(InvalidRequest) as refused:
+        build("a", (1, 2), SamplingParams(**fields), **LIMITS)
+    assert (refused.value.param, refused.value.code) == (param, "invalid_value")
+
+
+def test_biases_are_between_minus_100_and_100():
+    SamplingParams(logit_bias={3: -100, 4: 100.0})
+    for bias in (100.5, math.nan):
+        with pytest.raises(InvalidRequest) as refused:
+            SamplingParams(logit_bias={3: bias})
+        assert refused.value.param == "logit_bias.3"
+
+
 def test_empty_prompts_and_n_out_of_range_are_refused():
     with pytest.raises(InvalidRequest, match="at least one token"):
         build("a", (), SamplingParams(), **LIMITS)
@@ -61,7 +93,9 @@ def test_empty_prompts_and_n_out_of_range_are_refused():
 
 
 def test_a_request_crosses_the_process_boundary_unchanged():
-    sampling = SamplingParams(temperature=0.5, seed=-(2**63), stop_token_ids=(3,))
+    sampling = SamplingParams(
+        temperature=0.5, seed=-(2**63), stop_token_ids=(3,), logit_bias={7: -1.5}
+    )
     request = build("ä", (1, 2), sampling, n=2, **LIMITS)
     data = msgspec.msgpack.encode(Submit([request]))
     message = msgspec.msgpack.decode(data, type=ToEngine)

@@ -78,16 +78,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
+        self.scores: dict[tuple[str, int], list[float]] = {}
 
     @rule(
         shared=st.integers(0, 40),
         own=st.lists(st.integers(0, 96), min_size=1, max_size=20),
-        max_tokens=st.integers(1, 30),
+        max_tokens=st.integers(0, 30),
         n=st.integers(1, 3),
         temperature=st.sampled_from([0.0, 1.0]),
         ignore_eos=st.booleans(),
         salt=st.sampled_from(["", "", "other"]),
         tenant=st.sampled_from(["", "t1", "t2"]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def add(
         self,
@@ -99,13 +101,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         salt: str,
         tenant: str,
+        prompt_logprobs: int | None,
     ) -> None:
         name = f"r{len(self.requests)}"
         prompt = [*range(shared), *own]
         options = {"temperature": temperature, "ignore_eos": ignore_eos}
+        options["prompt_logprobs"] = prompt_logprobs
         request = make_request(name, prompt, max_tokens, n, salt, tenant, **options)
         cache = self.scheduler.cache
-        length = len(prompt) + max_tokens - 1
+        length = len(prompt) + max(max_tokens, 1) - 1
         try:
             self.scheduler.add(request)
         except InvalidRequest:
@@ -143,7 +147,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.requests)))))
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        index = data.draw(st.sampled_from([None, *range(self.requests[name].n)]))
+        self.take(self.scheduler.abort(name, index=index))
 
     @precondition(lambda self: not self.in_flight and self.scheduler.running)
     @rule()
@@ -158,6 +164,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             key = (item.seq.request.id, item.seq.index)
             assert key not in self.reasons, "a finished sequence went on"
             self.answers.setdefault(key, []).extend(item.tokens)
+            if item.prompt_scores is not None:
+                self.scores.setdefault(key, []).extend(item.prompt_scores.logprobs)
             if item.finish_reason:
                 self.reasons[key] = item.finish_reason
 
@@ -204,6 +212,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert answer == whole[: len(answer)]
                 if self.reasons[name, index] in ("stop", "length"):
                     assert answer == whole
+                    asked = request.sampling.prompt_logprobs is not None and index == 0
+                    every = range(len(request.prompt_ids) - 1 if asked else 0)
+                    assert self.scores.get((name, index), []) == list(every)
 
 
 def test_random_histories():
