@@ -25,6 +25,7 @@ from engine.protocol import (
     Progress,
     ReadTrace,
     Ready,
+    Receipt,
     Shutdown,
     StartFailed,
     StepOutput,
@@ -75,7 +76,7 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """Six verbs: submit, abort, stats, inspect, trace, close."""
+    """Seven verbs: submit, abort, listen, stats, inspect, trace, close."""
 
     @property
     def info(self) -> EngineInfo:
@@ -98,6 +99,10 @@ class EngineClient(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or only its answer `index`, within one step; unknown ids are ignored.
         What was ended has the finish_reason `abort`."""
+
+    def listen(self, listener: Callable[[Receipt], None]) -> None:
+        """From now on `listener` hears the receipt of every answer that ends, also where its
+        stream was closed before."""
 
     def stats(self) -> EngineStats:
         """The newest snapshot, without a round trip."""
@@ -177,6 +182,7 @@ class _StreamingClient:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
+        self._listener: Callable[[Receipt], None] = lambda receipt: None
         self._dead = False
 
     def _send(self, message: ToEngine) -> None:
@@ -190,6 +196,9 @@ class _StreamingClient:
     @property
     def alive(self) -> bool:
         return not self._dead
+
+    def listen(self, listener: Callable[[Receipt], None]) -> None:
+        self._listener = listener
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -269,7 +278,11 @@ class _StreamingClient:
         for failure in output.failed:
             if failure.request_id in self._streams:
                 self._streams.pop(failure.request_id).fail(RequestFailed(failure.message))
+            for receipt in failure.receipts:
+                self._listener(receipt)
         for delta in output.deltas:
+            if delta.receipt is not None:
+                self._listener(delta.receipt)
             if self._streams[delta.request_id].put(delta):
                 del self._streams[delta.request_id]
 

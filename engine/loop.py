@@ -15,6 +15,7 @@ from engine.protocol import (
     Inspect,
     Inspection,
     ReadTrace,
+    Receipt,
     Refusal,
     SequenceView,
     Shutdown,
@@ -148,7 +149,12 @@ class EngineLoop:
         if self._failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
         text = f"{type(error).__name__} in the engine's step"
-        self._output.failed.extend(Failure(i, text) for i in self.scheduler.fail(plan))
+        failures: dict[str, Failure] = {}
+        for item in self.scheduler.fail(plan):
+            request_id = item.seq.request.id
+            failure = failures.setdefault(request_id, Failure(request_id, text, []))
+            failure.receipts.append(_receipt(item.seq))
+        self._output.failed.extend(failures.values())
 
     def _tell(self, progress: list[Progress]) -> None:
         for item in progress:
@@ -163,6 +169,7 @@ class EngineLoop:
                     item.seq.num_cached or 0,
                     item.scores,
                     item.prompt_scores,
+                    None if item.finish_reason is None else _receipt(item.seq),
                 )
             )
 
@@ -211,6 +218,19 @@ class EngineLoop:
             failed=output.failed,
             deltas=output.deltas,
         )
+
+
+def _receipt(seq: Sequence) -> Receipt:
+    account = seq.account
+    return Receipt(
+        queue=account.queue,
+        prefill=account.prefill,
+        decode=account.decode,
+        recomputed_tokens=account.recomputed,
+        preemptions=seq.num_preemptions,
+        blocks_peak=account.blocks_peak,
+        block_seconds=account.block_seconds,
+    )
 
 
 def _view(seq: Sequence) -> SequenceView:

@@ -15,6 +15,27 @@ from scheduler.request import Request
 from scheduler.stopping import FinishReason
 
 
+class Receipt(msgspec.Struct, frozen=True, array_like=True):
+    """What one answer took, as the engine saw it. It is said once, when the answer ends.
+
+    Attributes:
+        queue: seconds from the arrival of the request to the first step with this sequence.
+        prefill: seconds from there to its first token.
+        decode: seconds from there to its end.
+        recomputed_tokens: computed again because a preemption had thrown them away.
+        blocks_peak: most KV blocks held at once; shared ones count in full.
+        block_seconds: KV blocks held, times how long.
+    """
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    blocks_peak: int = 0
+    block_seconds: float = 0.0
+
+
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence of one request.
 
@@ -32,6 +53,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
         scores: log-probabilities of `tokens`, where the request asks for them.
         prompt_scores: those of the next tokens of the prompt, its second one first. They come
             before the first token, in deltas without tokens.
+        receipt: comes with the finish_reason.
     """
 
     request_id: str
@@ -42,6 +64,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     scores: Scores | None = None
     prompt_scores: Scores | None = None
+    receipt: Receipt | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -106,10 +129,15 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A request that the engine had to end because of an exception of its own."""
+    """A request that the engine had to end because of an exception of its own.
+
+    Attributes:
+        receipts: one for each of its answers that had not ended yet.
+    """
 
     request_id: str
     message: str
+    receipts: list[Receipt] = []
 
 
 # front door -> engine

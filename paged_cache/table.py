@@ -68,3 +68,8 @@ class SequenceBlocks:
         self.chain: list[bytes] = []
         self.root = root
         self.published = 0
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that are there, in all groups."""
+        return sum(len(table.blocks) - table.start for table in self.tables)

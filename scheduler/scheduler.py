@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
@@ -54,9 +56,11 @@ class Scheduler:
         journal: Journal | None = None,
         watermark: int = 0,
         reserve: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
         self._journal = journal or Journal()
+        self._clock = clock
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.watermark = watermark
@@ -152,6 +156,8 @@ class Scheduler:
             step.preempted = True
             if victim is seq:
                 return
+        if grown.new:
+            seq.account.hold(seq.blocks.num_held, self._clock())
         step.choose(seq, _Share(count, grown.new, grown.copies))
 
     def _victim(self) -> Sequence:
@@ -177,6 +183,7 @@ class Scheduler:
             self.waiting.popleft()
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
             bisect.insort(self.running, seq, key=lambda s: s.order)
+            seq.account.enter(seq.num_computed, seq.blocks.num_held, self._clock())
             self._journal.admitted(seq)
             step.plan.admitted.append(
                 Admitted(seq.slot, seq.tokens[:], seq.num_prompt, seq.request.sampling)
@@ -297,24 +304,20 @@ class Scheduler:
             self._finish(seq, "length")
             return Progress(seq, [], "length")
         seq.tokens.append(token)
+        if seq.account.first_token is None:
+            seq.account.first_token = self._clock()
         reason, stop = finish_reason(seq, self.eos_token_ids)
         if reason is not None:
             self._finish(seq, reason)
         return Progress(seq, [token], reason, stop, scores)
 
-    def fail(self, plan: StepPlan) -> list[str]:
-        """Ends every request that `plan` touches, after its step raised.
-
-        Returns:
-            their ids.
-        """
+    def fail(self, plan: StepPlan) -> list[Progress]:
+        """Ends every request that `plan` touches, after its step raised."""
         slots = {item.slot for item in plan.scheduled}
         self._planned.pop(plan.id, None)
         self.cache.pool.forget_all()  # what the step should have written may not be there
         failed = list(dict.fromkeys(s.request.id for s in self.running if s.slot in slots))
-        for request_id in failed:
-            self.abort(request_id, "error")
-        return failed
+        return [item for request_id in failed for item in self.abort(request_id, "error")]
 
     # ------------------------------------------------------------------ state changes
 
@@ -336,12 +339,14 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         seq.status = Status.FINISHED
+        seq.account.ended = self._clock()
         self._journal.finished(seq, reason)
         if all(s.status is Status.FINISHED for s in self._requests[seq.request.id]):
             del self._requests[seq.request.id]
 
     def _vacate(self, seq: Sequence) -> None:
         self.cache.release(seq.blocks)
+        seq.account.leave(seq.num_computed, self._clock())
         self._free_slots.append(seq.slot)
         seq.slot = NO_SLOT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from paged_cache.table import SequenceBlocks
+from scheduler.account import Account
 from scheduler.request import Request
 
 NO_SLOT = -1
@@ -37,9 +38,11 @@ class Sequence:
         order: place in the order of arrival over all sequences.
         most_blocks: KV blocks that it can ever hold.
         leader: the sequence of the same request whose prompt this one waits for and shares.
+        account: its times and what it held.
     """
 
     __slots__ = (
+        "account",
         "blocks",
         "in_flight",
         "index",
@@ -79,6 +82,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.num_scored = 0
         self.num_preemptions = 0
+        self.account = Account(request.arrival)
         self.slot = NO_SLOT
         self.status = Status.WAITING
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from engine.client import EngineClient, TokenStream
-from engine.protocol import TokenDelta
+from engine.client import EngineClient, EngineDead, RequestFailed, TokenStream
+from engine.protocol import Receipt, TokenDelta
 from scheduler.request import Request
 from server.detokenizer import Detokenizer
 from server.errors import ApiError
 from server.metrics import AnswerClock, Metrics
+from server.receipt import AnswerReceipt, RequestReceipt
 from server.stops import StopMatcher
 from server.tokenizer import TextModel
 
@@ -63,9 +64,19 @@ class Answer:
         index: of the choice in the response.
         tokens: tokens so far, those of a stop string and of the end included.
         finished: whether a piece with a finish reason has come out.
+        engine_receipt: what the engine says of it; None until it says so.
     """
 
-    __slots__ = ("_clock", "_detokenizer", "_include_stop", "_stops", "finished", "index", "tokens")
+    __slots__ = (
+        "_clock",
+        "_detokenizer",
+        "_include_stop",
+        "_stops",
+        "engine_receipt",
+        "finished",
+        "index",
+        "tokens",
+    )
 
     def __init__(
         self, index: int, options: TextOptions, detokenizer: Detokenizer, clock: AnswerClock
@@ -73,11 +84,17 @@ class Answer:
         self.index = index
         self.tokens = 0
         self.finished = False
+        self.engine_receipt: Receipt | None = None
         self._detokenizer, self._clock = detokenizer, clock
         self._include_stop = options.include_stop
         self._stops = (
             StopMatcher(options.stops, include=options.include_stop) if options.stops else None
         )
+
+    @property
+    def receipt(self) -> AnswerReceipt:
+        """What it took, once it is finished."""
+        return AnswerReceipt(self.engine_receipt or Receipt(), self._clock.ttft, self._clock.tpot)
 
     def push(self, delta: TokenDelta, now: float) -> Piece | None:
         """Takes the tokens of one delta in, at `now` (monotonic seconds). None where they make no
@@ -232,6 +249,14 @@ class Generation:
             self._cached_tokens,
         )
 
+    @property
+    def receipt(self) -> RequestReceipt:
+        """What it took, once every answer is finished."""
+        return RequestReceipt(
+            [answer.receipt for answers in self._answers for answer in answers],
+            self._cached_tokens,
+        )
+
     async def __aenter__(self) -> Self:
         self._tasks = [
             asyncio.create_task(self._run(request, answers))
@@ -311,8 +336,7 @@ class Generation:
             self._news.bell.set()
 
     async def _take(self, request: Request, stream: TokenStream, answers: Sequence[Answer]) -> None:
-        """Deltas to pieces until every answer is finished, which a stop string may make earlier
-        than the engine knows: leaving then aborts the request."""
+        """Deltas to pieces until every answer is finished."""
         news = self._news
         unfinished = len(answers)
         started = False
@@ -323,6 +347,7 @@ class Generation:
                 self._cached_tokens += delta.cached_tokens
                 self._metrics.prompt_tokens.inc(len(request.prompt_ids))
             answer = answers[delta.index]
+            answer.engine_receipt = delta.receipt
             if answer.finished:
                 continue
             piece = answer.push(delta, time.monotonic())
@@ -331,8 +356,22 @@ class Generation:
                 news.bell.set()
                 unfinished -= answer.finished
                 if not unfinished:
-                    return
+                    return await self._settle(request, stream, answers)
         raise ApiError(500, "the engine ended the request early", code="request_failed")
+
+    async def _settle(
+        self, request: Request, stream: TokenStream, answers: Sequence[Answer]
+    ) -> None:
+        """Where a stop string ended an answer before the engine knew, the engine is told; within
+        a step it says what the answer took."""
+        if all(answer.engine_receipt is not None for answer in answers):
+            return
+        self._engine.abort(request.id)
+        with contextlib.suppress(
+            EngineDead, RequestFailed
+        ):  # the answers are complete all the same
+            async for delta in stream:
+                answers[delta.index].engine_receipt = delta.receipt
 
 
 class _Alarm:

@@ -108,6 +108,16 @@ class AnswerClock:
         self._count = 0
         self._first = self._last = 0.0
 
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from the arrival to the first token; None without one."""
+        return self._first - self._arrival if self._count else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds per token after the first; None with fewer than two."""
+        return (self._last - self._first) / (self._count - 1) if self._count > 1 else None
+
     def tokens(self, count: int, now: float) -> None:
         """`count` more tokens have come in at `now`, monotonic seconds. Tokens of one step share
         the time since the last one."""

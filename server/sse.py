@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import from_exception
 from server.generate import Generation, Piece, Usage
+from server.receipt import RequestReceipt
 
 logger = logging.getLogger("quire.server")
 
@@ -68,7 +69,7 @@ class Chunks(Protocol):
     def piece(self, piece: Piece, usage: bytes) -> bytes:
         """The chunk, or the two, of one piece."""
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: Usage, receipt: RequestReceipt) -> bytes:
         """The chunk without choices."""
 
 
@@ -85,8 +86,9 @@ class _Frame:
             start = self._starts[index] = b'%b{"index":%d,' % (self._head, index)
         return b"%b%b}]%b}\n\n" % (start, varying, usage)
 
-    def usage(self, usage: Usage) -> bytes:
-        return b'%b],"usage":%b}\n\n' % (self._head, _json(usage.fields()))
+    def usage(self, usage: Usage, receipt: RequestReceipt) -> bytes:
+        values = (self._head, _json(usage.fields()), _json(receipt.fields()))
+        return b'%b],"usage":%b,"quire":%b}\n\n' % values
 
 
 def _ending(piece: Piece) -> bytes:
@@ -171,7 +173,8 @@ async def events(
             logger.error("unexpected error in mid-stream", exc_info=error)
         yield b"data: " + told.body() + b"\n\n" + DONE
         return
-    yield (chunks.usage(generation.usage) if options.at_end else b"") + DONE
+    end = chunks.usage(generation.usage, generation.receipt) if options.at_end else b""
+    yield end + DONE
 
 
 class EventStream(Response):

@@ -49,7 +49,9 @@ def router(service: Service) -> APIRouter:
             **envelope.fields("chat.completion"),
             "choices": choices,
             "usage": generation.usage.fields(),
+            "quire": generation.receipt.fields(),
         }
+        headers["server-timing"] = generation.receipt.server_timing()
         return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
 
     return routes

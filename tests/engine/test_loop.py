@@ -93,6 +93,22 @@ def test_abort_is_answered_even_when_nothing_else_runs():
     assert outputs[-1].stats.blocks_used == 0
 
 
+def test_every_answer_ends_with_a_receipt():
+    loop = make()
+    loop.runner.broken = {9}
+    batches = [Submit([make_request("whole", [1] * 6, max_tokens=2)])], [], [], []
+    gone = [Submit([make_request("gone", [2], n=2)])], [Abort(["gone"])]
+    broken = [[Submit([make_request("broken", [3], max_tokens=30)])]]
+    outputs = run(loop, *batches, *gone, *broken)
+    deltas = [d for o in outputs for d in o.deltas]
+    assert all((d.receipt is None) == (d.finish_reason is None) for d in deltas)
+    receipts = {(d.request_id, d.index): d.receipt for d in deltas if d.receipt is not None}
+    assert receipts.keys() == {("whole", 0), ("gone", 0), ("gone", 1)}
+    assert receipts["whole", 0].blocks_peak == 2
+    [failure] = [f for o in outputs for f in o.failed]
+    assert [r.preemptions for r in failure.receipts] == [0]
+
+
 def test_refusals_name_the_reason():
     [output] = run(make(), [Submit([make_request("big", [1] * 60, max_tokens=10)])])
     assert (output.refused[0].code, output.refused[0].param) == ("kv_capacity_exceeded", "prompt")

@@ -309,7 +309,8 @@ def test_a_failed_step_ends_the_requests_in_it_and_no_others():
     rig = Rig(slots=1)
     for name in "ab":
         rig.scheduler.add(make_request(name, [1, 2]))
-    assert rig.scheduler.fail(rig.scheduler.schedule()) == ["a"]
+    ended = rig.scheduler.fail(rig.scheduler.schedule())
+    assert [item.seq.request.id for item in ended] == ["a"]
     rig.drain()
     assert rig.answers.keys() == {("b", 0)}
 

@@ -155,9 +155,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         plan: StepPlan = self.scheduler.schedule()
-        for name in self.scheduler.fail(plan):
-            for index in range(self.requests[name].n):
-                self.reasons.setdefault((name, index), "error")
+        for item in self.scheduler.fail(plan):
+            self.reasons[item.seq.request.id, item.seq.index] = "error"
 
     def take(self, progress: list[Progress]) -> None:
         for item in progress:

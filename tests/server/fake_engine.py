@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.client import EngineDead, RequestFailed
 from engine.protocol import (
     CacheView,
     EngineInfo,
     EngineStats,
     Inspection,
+    Receipt,
     TokenDelta,
     TraceView,
 )
@@ -47,6 +50,7 @@ class FakeEngine:
         refuse: raised instead of an admission.
         fail_after: steps after which a request fails.
         cached_tokens: prompt tokens that every request finds cached.
+        receipt: what every answer took.
         view, problem: what `inspect` answers.
         steps: what `trace` answers.
         submitted, aborted, finished: what happened, in order.
@@ -60,6 +64,8 @@ class FakeEngine:
     refuse: InvalidRequest | None = None
     fail_after: int | None = None
     cached_tokens: int = 0
+    receipt: Receipt = field(default_factory=lambda: Receipt(0.25, 0.5, 2.0, 7, 1, 3, 4.5))
+    listener: Callable[[Receipt], None] = lambda receipt: None
     alive: bool = True
     snapshot: EngineStats = field(default_factory=EngineStats)
     view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
@@ -91,7 +97,7 @@ class FakeEngine:
                 await asyncio.sleep(self.step_seconds)
                 if request.id in self.aborted:
                     for index in list(left):
-                        yield TokenDelta(request.id, index, [], "abort")
+                        yield self._ended(TokenDelta(request.id, index, [], "abort"))
                     return
                 if not self.alive:
                     raise EngineDead("it died")
@@ -127,7 +133,15 @@ class FakeEngine:
             tokens, reason = [*tokens, self.info.eos_token_ids[0]], "stop"
         if reason is not None:
             del left[index]
-        return TokenDelta(request.id, index, tokens, reason, stop_reason, self.cached_tokens)
+        delta = TokenDelta(request.id, index, tokens, reason, stop_reason, self.cached_tokens)
+        return self._ended(delta) if reason else delta
+
+    def _ended(self, delta: TokenDelta) -> TokenDelta:
+        self.listener(self.receipt)
+        return msgspec.structs.replace(delta, receipt=self.receipt)
+
+    def listen(self, listener: Callable[[Receipt], None]) -> None:
+        self.listener = listener
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
