@@ -279,7 +279,9 @@ class RequestLife(msgspec.Struct, array_like=True):
     arrival: float
     queued: float
     prompt_tokens: int
+    answers: int
     unfinished: int
+    tenant: str
 
 
 class SlotUser(msgspec.Struct, frozen=True, array_like=True):

@@ -72,9 +72,12 @@ class StepTrace(Journal):
 
     def _forget(self, record: StepRecord) -> None:
         for decision in record.decisions:
+            user = SlotUser(decision.request_id, decision.index)
             if decision.kind == "admitted":
-                self._slots[decision.slot] = SlotUser(decision.request_id, decision.index)
-            elif decision.kind == "finished":
+                self._slots[decision.slot] = user
+            elif decision.kind != "waits" and user in self._slots:
+                self._slots[self._slots.index(user)] = None
+            if decision.kind == "finished":
                 life = self._lives[decision.request_id]
                 life.unfinished -= 1
                 if not life.unfinished:
@@ -90,7 +93,9 @@ class StepTrace(Journal):
                 arrival=request.arrival,
                 queued=self._clock(),
                 prompt_tokens=len(request.prompt_ids),
+                answers=request.n,
                 unfinished=request.n + (namesake.unfinished if namesake else 0),
+                tenant=request.tenant,
             )
 
     def admitted(self, seq: Sequence) -> None:
@@ -120,11 +125,11 @@ class StepTrace(Journal):
     # ------------------------------------------------------------------ reading
 
     def view(self) -> TraceView:
-        """All that is kept; shared with the trace, so to be encoded at once."""
+        """All that is kept. The newest records may still grow."""
         return TraceView(
             keep=self._keep,
             since_epoch=time.time() - self._clock(),
-            slots=self._slots,
-            requests=self._lives,
+            slots=self._slots[:],
+            requests=dict(self._lives),
             steps=list(self._steps),
         )

@@ -9,7 +9,7 @@ from server import __version__, errors, openapi
 from server.edge import OPEN_PATHS, BodyLimit, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
 from server.metrics import Metrics
-from server.routes import chat, completions, debug, status
+from server.routes import chat, completions, debug, status, steps
 from server.schemas import Limits
 from server.service import Service
 from server.tokenizer import TextModel
@@ -40,7 +40,7 @@ def create_app(
     metrics = Metrics(engine.stats, served_model_names[0])
     service = Service(engine, text, metrics, served_model_names, limits)
     app = FastAPI(title="Quire", version=__version__)
-    for module in (chat, completions, debug, status):
+    for module in (chat, completions, debug, status, steps):
         app.include_router(module.router(service))
     errors.install(app)
     openapi.install(app)

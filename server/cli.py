@@ -1,4 +1,4 @@
-"""The command `quire`: serve, chat, bench, plan, kv, health.
+"""The command `quire`: serve, chat, bench, plan, kv, trace, health.
 
 This module is imported again by the spawned engine process and answers `--help`, so it imports
 nothing heavy: each command fetches what it needs when it runs.
@@ -85,6 +85,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     plan_command.add_arguments(plan)
     kv = command("kv", "Show the KV blocks of a running server", _kv)
     kv.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
+    trace = command("trace", "Write the last steps of a running server to a Perfetto file", _trace)
+    trace.add_argument("FILE", help="such as out.json")
+    trace.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     health = command("health", "Ask a running server whether it is well", _health)
     health.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     health.add_argument("--timeout", type=float, default=3.0, help="seconds (default 3)")
@@ -160,6 +163,12 @@ def _kv(arguments: argparse.Namespace) -> int:
     from server.kv_map import run
 
     return run(arguments.url or _local_url(), _local_key())
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from server.trace_command import run
+
+    return run(arguments.url or _local_url(), _local_key(), arguments.FILE)
 
 
 def _health(arguments: argparse.Namespace) -> int:

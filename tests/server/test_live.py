@@ -30,7 +30,10 @@ HI = [{"role": "user", "content": "hi"}]
 
 def test_sdk() -> None:
     engine = FakeEngine(lambda request, index: ids_of(f"hello 👩‍👩‍👧 {index}"))
-    with live(app_over(engine, keys=KeyRing([("sk", "")]))) as url, strict_client(url, "sk") as client:
+    with (
+        live(app_over(engine, keys=KeyRing([("sk", "")]))) as url,
+        strict_client(url, "sk") as client,
+    ):
         assert [model.id for model in client.models.list()] == ["quiet", "quiet-2"]
         chat = client.chat.completions.create(model="quiet", messages=HI, n=2)
         assert [choice.message.content for choice in chat.choices] == [
