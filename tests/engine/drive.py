@@ -22,9 +22,7 @@ def engine(path: Path, **settings: Any) -> EngineLoop:
     `TEST_DEVICE=cuda` puts it on a GPU, which is how `benchmarks.gpu_check` runs the tests.
     """
     device = os.environ.get("TEST_DEVICE", "cpu")
-    wanted = Settings.of(
-        model=str(path), dtype="float32", cpu_threads=1, device=device, **settings
-    )
+    wanted = Settings.of(model=str(path), dtype="float32", cpu_threads=1, device=device, **settings)
     return poison(build(wanted))
 
 
