@@ -19,13 +19,17 @@ from engine.protocol import (
     Abort,
     EngineInfo,
     EngineStats,
+    Explain,
+    Explained,
     FromEngine,
     Inspect,
     Inspection,
     Progress,
+    Question,
     ReadTrace,
     Ready,
     Receipt,
+    Reply,
     Shutdown,
     StartFailed,
     StepOutput,
@@ -35,6 +39,7 @@ from engine.protocol import (
     Trace,
     TraceView,
 )
+from paged_cache.explain import Explanation
 from scheduler.request import InvalidRequest, Request
 
 STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is killed
@@ -76,7 +81,7 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """Seven verbs: submit, abort, listen, stats, inspect, trace, close."""
+    """Eight verbs: submit, abort, listen, stats, inspect, trace, explain, close."""
 
     @property
     def info(self) -> EngineInfo:
@@ -119,6 +124,13 @@ class EngineClient(Protocol):
 
     async def trace(self) -> TraceView:
         """The last steps of the scheduler, for people who debug.
+
+        Raises:
+            EngineDead: the engine is gone.
+        """
+
+    async def explain(self, request: Request) -> Explanation:
+        """What the KV cache would find of the request's prompt, and why not more.
 
         Raises:
             EngineDead: the engine is gone.
@@ -226,7 +238,11 @@ class _StreamingClient:
         found: Trace = await self._ask(ReadTrace(next(self._numbers)))
         return found.view
 
-    async def _ask(self, question: Inspect | ReadTrace) -> Any:
+    async def explain(self, request: Request) -> Explanation:
+        found: Explained = await self._ask(Explain(next(self._numbers), request))
+        return found.explanation
+
+    async def _ask(self, question: Question) -> Any:
         """The message that answers `question`."""
         if self._dead:
             raise EngineDead("the engine is gone")
@@ -260,9 +276,9 @@ class _StreamingClient:
             self._send(self._aborted)
         self._submitted, self._aborted = [], Abort([], [])
 
-    def _dispatch(self, output: StepOutput | Inspection | Trace) -> None:
+    def _dispatch(self, output: StepOutput | Reply) -> None:
         """Hands one step's output to the streams."""
-        if isinstance(output, Inspection | Trace):
+        if isinstance(output, Reply):
             answer = self._asked.get(output.id)
             if answer is not None and not answer.done():
                 answer.set_result(output)
@@ -369,7 +385,7 @@ class ProcessEngine(_StreamingClient):
             self._stop_reading()
             self._die()
             return
-        assert isinstance(message, StepOutput | Inspection | Trace)
+        assert isinstance(message, StepOutput | Reply)
         self._dispatch(message)
 
     def _stop_reading(self) -> None:

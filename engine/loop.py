@@ -11,12 +11,15 @@ from engine.protocol import (
     CacheView,
     EngineInfo,
     EngineStats,
+    Explain,
+    Explained,
     Failure,
     Inspect,
     Inspection,
     ReadTrace,
     Receipt,
     Refusal,
+    Reply,
     SequenceView,
     Shutdown,
     StepOutput,
@@ -79,7 +82,7 @@ class EngineLoop:
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
 
-    def run(self, inbox: Inbox, send: Callable[[StepOutput | Inspection | Trace], None]) -> None:
+    def run(self, inbox: Inbox, send: Callable[[StepOutput | Reply], None]) -> None:
         """Serves until `Shutdown` or the end of the inbox."""
         while True:
             try:
@@ -93,6 +96,8 @@ class EngineLoop:
                     send(self.inspect(message))
                 elif isinstance(message, ReadTrace):
                     send(Trace(message.id, self._trace.view() if self._trace else TraceView()))
+                elif isinstance(message, Explain):
+                    send(Explained(message.id, self.scheduler.explain(message.request)))
                 else:
                     self.take(message)
             if self.scheduler.has_work:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from paged_cache.explain import Explanation
 from scheduler.plan import Scores
 from scheduler.request import Request
 from scheduler.stopping import FinishReason
@@ -173,6 +174,13 @@ class ReadTrace(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Explain(msgspec.Struct, frozen=True, tag=True):
+    """Asks what would be found of a prompt; answered by an `Explained` with the same `id`."""
+
+    id: int
+    request: Request
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, free everything, exit 0."""
 
@@ -314,6 +322,11 @@ class Trace(msgspec.Struct, frozen=True, tag=True):
     view: TraceView
 
 
+class Explained(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    explanation: Explanation
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """Start-up progress of one phase (`download`, `weights`, `memory`, `kernels`), done of total
     in its own units."""
@@ -346,5 +359,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TokenDelta] = []
 
 
-ToEngine = Submit | Abort | Inspect | ReadTrace | Shutdown
-FromEngine = Progress | Ready | StartFailed | StepOutput | Inspection | Trace
+Question = Inspect | ReadTrace | Explain
+Reply = Inspection | Trace | Explained
+"""Has the `id` of its question."""
+
+ToEngine = Submit | Abort | Question | Shutdown
+FromEngine = Progress | Ready | StartFailed | StepOutput | Reply

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paged_cache.explain import Explanation, Missing, PrefixMemory, missing, reach
 from paged_cache.layout import most_blocks
 from paged_cache.pool import BlockPool
 from paged_cache.prefix import KEY_BYTES, PrefixHasher
@@ -68,6 +69,7 @@ class KVCacheManager:
         self._hasher = PrefixHasher(secrets.token_bytes(KEY_BYTES), block_size)
         self._prefix_cache = prefix_cache
         self._isolate_tenants = isolate_tenants
+        self.memory = PrefixMemory()
         self._full = [g for g, window in enumerate(windows) if not window]
         self._sliding = [g for g, window in enumerate(windows) if window]
 
@@ -92,8 +94,13 @@ class KVCacheManager:
     def open(self, salt: str = "", tenant: str = "") -> SequenceBlocks:
         """Empty tables. Sequences with different salts never share blocks by content, nor do those
         of different tenants where these are isolated."""
-        owner = tenant if self._isolate_tenants else ""
-        return SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
+        owner = self._owner(tenant)
+        root = self._hasher.root(salt, owner)
+        self.memory.opened(root, owner)
+        return SequenceBlocks(len(self.windows), root)
+
+    def _owner(self, tenant: str) -> str:
+        return tenant if self._isolate_tenants else ""
 
     def start(
         self,
@@ -133,6 +140,7 @@ class KVCacheManager:
             self._share(table, first, blocks)
         self._append(seq, ends)
         seq.published = found
+        self.memory.started(seq.root, tokens)
         return position, self.entries(seq)
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, position: int) -> bool:
@@ -216,6 +224,37 @@ class KVCacheManager:
         for table in seq.tables:
             self.pool.drop(table.clear())
         seq.published = 0
+
+    # ------------------------------------------------------------------ for people who debug
+
+    def explain(self, tokens: Sequence[int], salt: str = "", tenant: str = "") -> Explanation:
+        """What `start` would find of `tokens` now, all of them reusable, and why not more. Changes
+        nothing."""
+        owner, groups = self._owner(tenant), range(len(self.windows))
+        if not self._prefix_cache:
+            return Explanation(0, [0 for _ in groups], [Missing(0, len(tokens), "off")])
+        seq = SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
+        found = self._find(seq, tokens, (len(tokens) - 1) // self.block_size)
+        holds, evicted = self.pool.holds, set(self.pool.evicted)
+
+        def known(digest: bytes) -> bool:
+            return any(holds((group, digest)) or (group, digest) in evicted for group in groups)
+
+        others = self.memory.others(seq.root, owner)
+        chains = (self._hasher.chain(root, tokens, len(seq.chain)) for root in others)
+        return Explanation(
+            found * self.block_size,
+            [sum(holds((group, digest)) for digest in seq.chain) for group in groups],
+            missing(
+                len(tokens),
+                self.block_size,
+                found,
+                seq.chain,
+                known,
+                reach(chains, known),
+                self.memory.divergence(seq.root, tokens),
+            ),
+        )
 
     # ------------------------------------------------------------------ inside
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 
 Key = tuple[int, bytes]
@@ -29,6 +29,7 @@ class BlockPool:
 
     Attributes:
         num_evicted: blocks whose content was given up for another, since start.
+        evicted: the keys of the last num_blocks of them, oldest first.
         num_cached: free blocks whose content can still be found.
         states: one byte per block: FREE, CACHED, USED (once) or SHARED. Kept up to date, so that a
             look at the pool is a copy of it.
@@ -43,6 +44,7 @@ class BlockPool:
         self._key_of: dict[int, Key] = {}
         self._block_of: dict[Key, int] = {}
         self.num_evicted = self.num_cached = 0
+        self.evicted: deque[Key] = deque(maxlen=num_blocks)
         self.states = bytearray(num_blocks)
         self.tags = bytearray(num_blocks * TAG_BYTES)
 
@@ -72,6 +74,7 @@ class BlockPool:
             self._refs[block] = 1
             self.states[block] = USED
             if block in self._key_of:
+                self.evicted.append(self._key_of[block])
                 self._forget(block)
                 self.num_cached -= 1
                 self.num_evicted += 1

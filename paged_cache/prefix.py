@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 DIGEST_BYTES = 16
 KEY_BYTES = 32
@@ -43,6 +43,13 @@ class PrefixHasher:
                 last + array("q", tokens[block * size : (block + 1) * size]).tobytes()
             )
             chain.append(last)
+
+    def chain(self, root: bytes, tokens: Sequence[int], blocks: int) -> Iterator[bytes]:
+        """The hashes of the first `blocks` blocks, each computed when it is asked for."""
+        chain: list[bytes] = []
+        for count in range(1, blocks + 1):
+            self.extend(root, chain, tokens, count)
+            yield chain[-1]
 
     def _hash(self, data: bytes) -> bytes:
         return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=self._key).digest()

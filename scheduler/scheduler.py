@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from paged_cache.explain import Explanation
 from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
 from scheduler.journal import Journal, Wait
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
@@ -121,6 +122,10 @@ class Scheduler:
         for seq in live:
             self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
+
+    def explain(self, request: Request) -> Explanation:
+        """What the cache would find of the prompt of `request`, and why not more."""
+        return self.cache.explain(request.prompt_ids, request.cache_salt, request.tenant)
 
     # ------------------------------------------------------------------ one step
 

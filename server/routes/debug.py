@@ -1,15 +1,20 @@
-"""GET /debug/kv and /debug/kv/verify: the block pool as it is."""
+"""/debug/kv: the block pool as it is, and what it would find of a prompt."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.protocol import CacheView
-from server.service import Service
+from scheduler.request import Request
+from server.routes import chat, completions
+from server.schemas import Body, ChatBody, CompletionBody, parse
+from server.service import Prompt, Service
 
 STATES = ("free", "cached", "used", "shared")
 LETTERS = ".cus"
@@ -31,7 +36,43 @@ def router(service: Service) -> APIRouter:
         answer = {"ok": found.problem is None, "problem": found.problem}
         return _json(answer, 200 if found.problem is None else 500)
 
+    @routes.post("/debug/kv/explain")
+    async def explain(http: HttpRequest) -> Response:
+        """Takes the body of a chat or a completion, and computes nothing."""
+        prompts = []
+        for request in await _requests(service, http):
+            found = await service.engine.explain(request)
+            prompts.append(
+                {
+                    "prompt_tokens": len(request.prompt_ids),
+                    "found": found.found,
+                    "held": found.held,
+                    "missing": found.missing,
+                }
+            )
+        return _json({"prompts": prompts})
+
     return routes
+
+
+async def _requests(service: Service, http: HttpRequest) -> list[Request]:
+    """What the generation endpoints would make of the same body and key.
+
+    Raises:
+        ApiError, InvalidRequest: they would refuse it.
+    """
+    fields = parse(Body, await http.body(), service.limits).model_extra or {}
+    request_id = "explain"
+    if "messages" in fields:
+        chat_body = await service.read(http, ChatBody)
+        chat.check_messages(chat_body)
+        ids = await asyncio.to_thread(chat.prompt_ids, service, chat_body)
+        sampling = service.sampling(chat_body)
+        return [service.request(http, request_id, Prompt(ids), sampling, chat_body, "messages")]
+    body = await service.read(http, CompletionBody)
+    prompts = await asyncio.to_thread(completions.read_prompts, service, body)
+    sampling = service.sampling(body)
+    return completions.build_requests(service, http, request_id, prompts, sampling, body)
 
 
 def describe(view: CacheView) -> dict[str, Any]:

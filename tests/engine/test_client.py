@@ -84,6 +84,11 @@ async def _inspection(client) -> None:
     assert len(found.view.states) == 40
     await stream.aclose()
     await idle(client)
+    explained = await client.explain(request("again", [*range(50, 89), 7, 7]))
+    assert explained.found == 32
+    assert [(piece.reason, piece.diverges_at) for piece in explained.missing] == [
+        ("last_block", None)
+    ]
 
 
 async def _refusals(client) -> None:

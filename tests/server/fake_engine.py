@@ -18,6 +18,7 @@ from engine.protocol import (
     TokenDelta,
     TraceView,
 )
+from paged_cache.explain import Explanation
 from scheduler.request import InvalidRequest, Request
 from scheduler.stopping import FinishReason
 
@@ -53,7 +54,8 @@ class FakeEngine:
         receipt: what every answer took.
         view, problem: what `inspect` answers.
         steps: what `trace` answers.
-        submitted, aborted, finished: what happened, in order.
+        explanation: what `explain` answers.
+        submitted, explained, aborted, finished: what happened, in order.
     """
 
     say: Callable[[Request, int], Sequence[int]]
@@ -71,7 +73,9 @@ class FakeEngine:
     view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
     problem: str | None = None
     steps: TraceView = field(default_factory=TraceView)
+    explanation: Explanation = field(default_factory=lambda: Explanation(0, [0], []))
     submitted: list[Request] = field(default_factory=list)
+    explained: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 
@@ -158,6 +162,10 @@ class FakeEngine:
         if not self.alive:
             raise EngineDead("it died")
         return self.steps
+
+    async def explain(self, request: Request) -> Explanation:
+        self.explained.append(request)
+        return self.explanation
 
     async def close(self) -> None:
         self.alive = False

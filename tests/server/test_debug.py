@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
 import pytest
 
 from engine.protocol import CacheView, SequenceView
+from paged_cache.explain import Explanation, Missing
 from server.keys import KeyRing
-from tests.server.front import door, says
+from tests.server.front import CHAT, COMPLETION, Door, door, says
 
 VIEW = CacheView(
     block_size=16,
@@ -46,3 +50,51 @@ def test_verify_tells_the_broken_invariant(problem: str | None, status: int) -> 
 def test_a_dead_engine_and_a_missing_key() -> None:
     assert door(says("x", alive=False)).get("/debug/kv").status_code == 503
     assert door(says("x"), keys=KeyRing([("k", "")])).get("/debug/kv").status_code == 401
+
+
+def explain(front: Door, body: object, **options: Any) -> httpx.Response:
+    return front.call("POST", "/debug/kv/explain", json=body, **options)
+
+
+def test_what_would_be_found_of_a_prompt() -> None:
+    found = Explanation(16, [1], [Missing(16, 16, "diverged", 20), Missing(32, 4, "last_block")])
+    answer = explain(door(says("x", explanation=found)), {"prompt": [5] * 36}).json()
+    assert answer == {
+        "prompts": [
+            {
+                "prompt_tokens": 36,
+                "found": 16,
+                "held": [1],
+                "missing": [
+                    {"start": 16, "count": 16, "reason": "diverged", "diverges_at": 20},
+                    {"start": 32, "count": 4, "reason": "last_block", "diverges_at": None},
+                ],
+            }
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (CHAT | {"cache_salt": "s"}, "/v1/chat/completions"),
+        (COMPLETION | {"cache_salt": "s"}, "/v1/completions"),
+        ({"prompt": ["a", "b"]}, "/v1/completions"),
+    ],
+)
+def test_explained_is_what_the_endpoint_would_ask_for(body: dict[str, Any], path: str) -> None:
+    engine = says("x")
+    front = door(engine, keys=KeyRing([("k", "ann")]))
+    headers = {"authorization": "Bearer k"}
+    assert explain(front, body, headers=headers).status_code == 200
+    front.call("POST", path, json=body, headers=headers)
+    keyed = [
+        [(item.prompt_ids, item.cache_salt, item.tenant) for item in items]
+        for items in (engine.explained, engine.submitted)
+    ]
+    assert keyed[0] == keyed[1] != []
+
+
+@pytest.mark.parametrize("body", [[], {}, {"messages": []}, {"prompt": []}, {"prompt": "a" * 999}])
+def test_what_cannot_be_served_cannot_be_explained(body: object) -> None:
+    assert explain(door(says("x")), body).status_code == 400
