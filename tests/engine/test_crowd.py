@@ -1,12 +1,15 @@
 """A request's answer does not depend on who else is there."""
 
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scheduler.request import Request
 from tests.engine.drive import answers, engine, request
+from tests.engine.guests import CONTEXT, Alone, Guest, Menu, assert_as_alone, checkpoint, serve
 from tests.models import checkpoints
 
 SAMPLING = {
@@ -80,3 +83,51 @@ def test_seeds_differ(path: Path):
     items = [request(f"s{seed}", range(50, 90), temperature=1.0, seed=seed) for seed in range(4)]
     result = answers(engine(path), items)
     assert len({tuple(tokens) for tokens in result.values()}) == 4
+
+
+# ---------------------------------------------------------------------- random histories
+
+TRACES = 200
+MENU = Menu(n=(1, 1, 2, 3), salts=("", "", "other"), stops=True)
+CONFIGURATIONS = [
+    (windows, dtype) for windows in (False, True) for dtype in ("auto", "fp8_e4m3", "int8", "int4")
+]
+
+
+@pytest.mark.parametrize(("windows", "dtype"), CONFIGURATIONS)
+def test_random_histories(windows: bool, dtype: str, tmp_path: Path) -> None:
+    """Shared prefixes, forks, stops, hang-ups and preemption, in pools of any size."""
+    alone = Alone(checkpoint(windows, tmp_path), dtype)
+    seen: Counter[str] = Counter()
+    for seed in range(TRACES // len(CONFIGURATIONS)):
+        draw = random.Random(f"{windows} {dtype} {seed}")
+        loop = engine(
+            alone.path,
+            kv_cache_dtype=dtype,
+            max_model_len=CONTEXT,
+            num_gpu_blocks_override=draw.randint(24, 60) if windows else draw.randint(10, 24),
+            max_num_seqs=draw.randint(2, 8),
+            max_num_batched_tokens=draw.choice([16, 40, 200]),
+            enable_prefix_caching=draw.random() < 0.8,
+            admission=draw.choice(["optimistic", "optimistic", "reserve"]),
+        )
+        guests = some_guests(draw)
+        told = serve(loop, guests, preempt_every=draw.choice([0, 3, 7]))
+        assert_as_alone(told, guests, alone)
+        scheduler = loop.scheduler
+        seen.update(reason for _, reason in told.values())
+        seen.update(hits=scheduler.prefix.hits, preemptions=scheduler.num_preemptions)
+        seen.update(evictions=scheduler.cache.pool.num_evicted)
+    for what in ("stop", "length", "abort", "hits", "preemptions", "evictions"):
+        assert seen[what] > 10, (what, seen)
+
+
+def some_guests(draw: random.Random) -> list[Guest]:
+    guests = [
+        Guest(MENU.request(draw.randrange(40), f"g{i}"), comes=draw.randrange(20))
+        for i in range(draw.randint(5, 9))
+    ]
+    return [
+        replace(guest, leaves=guest.comes + draw.randint(1, 12)) if draw.random() < 0.2 else guest
+        for guest in guests
+    ]
