@@ -1,17 +1,9 @@
 """Paged attention on CPUs: the contract of `kernels.reference`, compiled by Numba.
 
-This half turns tensors into a `Job` record and brings the threads; `cpu_kernels` does the work.
-Threads come from the OpenMP runtime that torch itself has loaded, because two thread pools on the
-same cores fight: idle OpenMP workers spin for a while after every matrix product, and a second
-pool would have to wait for them. Where no such runtime is found, plain threads do.
+This half turns tensors into a `Job` record; `cpu_kernels` does the work on a `cpu_team`.
 """
 
-import ctypes
-import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +12,7 @@ from torch import Tensor
 from kernels import cpu_formats, cpu_pages, cpu_simd, cpu_vectors
 from kernels.cpu_kernels import build
 from kernels.cpu_pages import JOB, TOKENS_PER_STORE
+from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.pages import Pages, QuantizedPages, row_bytes
 
 _FORMATS = {
@@ -33,7 +26,6 @@ _CODES = {
     "int4": cpu_formats.INT4,
 }
 WORK_PER_THREAD = 1 << 19  # numbers of K/V that are worth waking another thread: 0.1 to 0.2 ms
-_WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def store_kv(key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
@@ -51,7 +43,7 @@ def store_kv(key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor) -> 
         slots=slots.data_ptr(),
         tokens=len(key),
     )
-    _run(_workers()[3], job, -(-len(key) // TOKENS_PER_STORE))
+    run(_workers()[3], job, -(-len(key) // TOKENS_PER_STORE))
 
 
 def paged_decode(
@@ -121,10 +113,10 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
         partial = torch.empty(rows, width, dtype=torch.float32)
         job["partial"] = partial.data_ptr()
     shares = -(-int(job["work"]) // WORK_PER_THREAD)
-    _run(attend, job, min(int(job["tasks"]), shares))
+    run(attend, job, min(int(job["tasks"]), shares))
     if rows:
         job["next"] = 0
-        _run(combine, job, rows * width // WORK_PER_THREAD)
+        run(combine, job, rows * width // WORK_PER_THREAD)
     return out
 
 
@@ -180,44 +172,5 @@ def _quantized(pages: QuantizedPages) -> dict[str, float]:
 @cache
 def _workers():
     """The compiled C functions: plan, attend, combine, store."""
-    modules = (cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
-    sources = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    primitives = hashlib.sha256(sources).hexdigest()
-    return tuple(_WORKER(function.address) for function in build(primitives))
-
-
-def _run(worker, job: np.ndarray, shares: int) -> None:
-    """Runs a worker on the job with as many threads as torch uses, at most one per share."""
-    threads = min(torch.get_num_threads(), shares)
-    if threads <= 1:
-        worker(job.ctypes.data)
-    elif (team := _openmp()) is not None:
-        team(worker, job.ctypes.data, threads, 0)
-    else:
-        list(_pool().map(worker, [job.ctypes.data] * threads))
-
-
-@cache
-def _openmp():
-    """`GOMP_parallel` of the OpenMP runtime that torch has loaded, or None.
-
-    libgomp exports it, and libiomp5 and libomp do so for compatibility:
-    void GOMP_parallel(void (*fn)(void *), void *data, unsigned threads, unsigned flags).
-    """
-    try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    except OSError:
-        return None
-    torch_folder = str(Path(torch.__file__).parent)
-    for path in sorted(loaded, key=lambda path: not path.startswith(torch_folder)):
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp.")):
-            function = ctypes.CDLL(path).GOMP_parallel
-            function.argtypes = (_WORKER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            function.restype = None
-            return function
-    return None
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="attention")
+    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
+    return tuple(WORKER(function.address) for function in build(primitives))

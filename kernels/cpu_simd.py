@@ -25,6 +25,7 @@ from kernels.cpu_vectors import (
     known,
     lane_sums,
     maximum,
+    prefetch_line,
     reduce,
     splat,
     variables,
@@ -83,13 +84,8 @@ def prefetch(typingctx, address, count):
 
     def codegen(context, builder, signature, args):
         address, count = args
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, locality, data = I32(0), I32(2), I32(1)
         with cgutils.for_range(builder, builder.sdiv(count, I64(64))) as loop:
-            line = builder.add(address, builder.mul(loop.index, I64(64)))
-            builder.call(hint, [builder.inttoptr(line, byte), read, locality, data])
+            prefetch_line(builder, builder.add(address, builder.mul(loop.index, I64(64))))
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64), codegen

@@ -54,6 +54,15 @@ def call(builder, name, result, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
+def prefetch_line(builder, address):
+    """Asks for the 64 bytes around `address` to be brought into the L2 cache."""
+    byte = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, locality, data = I32(0), I32(2), I32(1)
+    builder.call(hint, [builder.inttoptr(address, byte), read, locality, data])
+
+
 def exp2(builder, x):
     """2**x for x <= 0, lane by lane; below 2**-126 gives 0. Relative error about 2e-7.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import cpu_attention, reference
+from kernels import cpu_attention, cpu_team, reference
 from kernels.pages import FORMATS
 from tests.kernels import problems
 
@@ -131,8 +131,8 @@ def test_concurrent_calls_and_plain_threads(monkeypatch):
         results.extend(answers)
 
     monkeypatch.setattr(cpu_attention, "WORK_PER_THREAD", 1)
-    for team in (cpu_attention._openmp(), None):
-        monkeypatch.setattr(cpu_attention, "_openmp", lambda team=team: team)
+    for team in (cpu_team._openmp(), None):
+        monkeypatch.setattr(cpu_team, "_openmp", lambda team=team: team)
         workers = [threading.Thread(target=work) for _ in range(3)]
         for worker in workers:
             worker.start()

@@ -1,0 +1,57 @@
+"""Products of few rows over oneDNN's packed layout, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu_linear import MOST_ROWS, PackedLinear
+
+
+def packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+READS = PackedLinear.reads(torch.ones(64, 32).bfloat16(), packed(torch.ones(64, 32).bfloat16()))
+needs_bfloat16 = pytest.mark.skipif(not READS, reason="needs AVX512-BF16 and the known layout")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(64, 32), (128, 96), (192, 512), (2048, 544), (64, 4096)]
+)
+def test_product(outputs: int, inputs: int, threads: int, bias: bool) -> None:
+    torch.manual_seed(outputs + inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight = torch.randn(outputs, inputs).bfloat16()
+        offset = torch.randn(outputs).bfloat16() if bias else None
+        assert PackedLinear.reads(weight, packed(weight))
+        linear = PackedLinear(packed(weight), outputs, inputs, offset)
+        for rows in range(1, MOST_ROWS + 1):
+            x = torch.randn(rows, inputs + 2)[:, 1:-1].bfloat16()
+            for given in (x, torch.cat((x, x), 1)[:, :inputs], x.t().contiguous().t()):
+                exact = given.double() @ weight.double().t()
+                if offset is not None:
+                    exact += offset.double()
+                error = (linear(given).double() - exact).abs()
+                assert (error <= exact.abs() * 2**-8 + 1e-4 * inputs**0.5).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_bfloat16
+def test_other_layouts_are_not_read() -> None:
+    weight = torch.randn(128, 64).bfloat16()
+    other = weight.clone()
+    other[-1, -1] += 1
+    assert PackedLinear.reads(weight, packed(weight))
+    assert not PackedLinear.reads(other, packed(weight)), "another matrix, or another layout"
+    for outputs, inputs in ((100, 64), (128, 48)):  # oneDNN pads these
+        odd = torch.randn(outputs, inputs).bfloat16()
+        assert not PackedLinear.reads(odd, packed(odd))
+    assert not PackedLinear.reads(weight.float(), packed(weight.float()))
