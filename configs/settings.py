@@ -234,6 +234,22 @@ class HttpSettings(Section):
     ] = False
 
 
+class LifetimeSettings(Section):
+    """When the server ends, and when it gives up."""
+
+    shutdown_timeout: Annotated[
+        float, Field(ge=0, description="Seconds that running answers get after SIGTERM or Ctrl-C")
+    ] = 30.0
+    stall_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds without a step, while there is work, after which the engine "
+            "counts as broken and the server ends",
+        ),
+    ] = 60.0
+
+
 class LimitSettings(Section):
     """What one HTTP request may hold."""
 
@@ -265,6 +281,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     scheduling: SchedulingSettings = SchedulingSettings()
     http: HttpSettings = HttpSettings()
+    lifetime: LifetimeSettings = LifetimeSettings()
     limits: LimitSettings = LimitSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
 

@@ -94,6 +94,7 @@ def assemble(
             kv_format=format.dtype if format.quantized else None,
         )
     report("kernels", 1, 1, backend.name)
+    report("memory", 0, 1, "planning the KV pool")
     limits = Limits(
         _context_length(settings.model.max_model_len, config),
         settings.scheduling.max_num_seqs,
@@ -111,7 +112,9 @@ def assemble(
     limits = _fit_context(limits, layout, settings.model.max_model_len)
     runner = _runner(model, layout, backend, limits, device)
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
+    report("warm-up", 0, 1, "first steps")
     _warm_up(runner, limits)
+    report("warm-up", 1, 1, "first steps")
     keep = settings.observability.trace_steps
     trace = StepTrace(keep, limits.max_num_seqs) if keep else None
     scheduler = Scheduler(

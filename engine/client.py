@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
+import os
 import queue
+import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -47,6 +50,10 @@ STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is ki
 
 class EngineDead(RuntimeError):
     """The engine process or thread is gone; no stream of it will go on."""
+
+
+class EngineStopped(EngineDead):
+    """The engine was closed on purpose."""
 
 
 class RequestFailed(RuntimeError):
@@ -90,6 +97,10 @@ class EngineClient(Protocol):
     @property
     def alive(self) -> bool:
         """Whether steps can still happen."""
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How long nothing was heard of an engine that has work; 0 where it has none."""
 
     async def submit(self, request: Request) -> TokenStream:
         """Hands the request in and returns once it is admitted to the queue.
@@ -196,6 +207,7 @@ class _StreamingClient:
         self._info: EngineInfo | None = None
         self._listener: Callable[[Receipt], None] = lambda receipt: None
         self._dead = False
+        self._heard = 0.0  # monotonic seconds: the newest message, or the first work after none
 
     def _send(self, message: ToEngine) -> None:
         raise NotImplementedError
@@ -212,6 +224,14 @@ class _StreamingClient:
     def listen(self, listener: Callable[[Receipt], None]) -> None:
         self._listener = listener
 
+    @property
+    def quiet_seconds(self) -> float:
+        return time.monotonic() - self._heard if self._has_work else 0.0
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._streams or self._asked)
+
     def stats(self) -> EngineStats:
         return self._stats
 
@@ -220,6 +240,7 @@ class _StreamingClient:
             raise EngineDead("the engine is gone")
         if request.id in self._streams:
             raise InvalidRequest(f"request id {request.id!r} is in use", "id")
+        self._note_new_work()
         stream = self._streams[request.id] = _Stream(request, self.abort)
         self._flush_soon()
         self._submitted.append(request)
@@ -246,6 +267,7 @@ class _StreamingClient:
         """The message that answers `question`."""
         if self._dead:
             raise EngineDead("the engine is gone")
+        self._note_new_work()
         answer = self._asked[question.id] = asyncio.get_running_loop().create_future()
         try:
             self._send(question)
@@ -261,6 +283,10 @@ class _StreamingClient:
             self._aborted.request_ids.append(request_id)
         else:
             self._aborted.answers.append((request_id, index))
+
+    def _note_new_work(self) -> None:
+        if not self._has_work:
+            self._heard = time.monotonic()
 
     def _flush_soon(self) -> None:
         """All that this turn of the event loop has to say becomes one message of each kind."""
@@ -278,6 +304,7 @@ class _StreamingClient:
 
     def _dispatch(self, output: StepOutput | Reply) -> None:
         """Hands one step's output to the streams."""
+        self._heard = time.monotonic()
         if isinstance(output, Reply):
             answer = self._asked.get(output.id)
             if answer is not None and not answer.done():
@@ -302,15 +329,15 @@ class _StreamingClient:
             if self._streams[delta.request_id].put(delta):
                 del self._streams[delta.request_id]
 
-    def _die(self) -> None:
-        """Every stream ends with `EngineDead`."""
+    def _die(self, why: EngineDead) -> None:
+        """Every stream ends with `why`."""
         self._dead = True
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(EngineDead("the engine is gone"))
+            stream.fail(why)
         for answer in self._asked.values():
             if not answer.done():
-                answer.set_exception(EngineDead("the engine is gone"))
+                answer.set_exception(why)
 
 
 class ProcessEngine(_StreamingClient):
@@ -383,7 +410,7 @@ class ProcessEngine(_StreamingClient):
             message = self._decode(self._from_engine.recv_bytes())
         except (EOFError, OSError):
             self._stop_reading()
-            self._die()
+            self._die(EngineDead("the engine is gone"))
             return
         assert isinstance(message, StepOutput | Reply)
         self._dispatch(message)
@@ -398,11 +425,27 @@ class ProcessEngine(_StreamingClient):
 
     async def close(self) -> None:
         if self._writer.is_alive():
+            self._stop_reading()
             self._send(Shutdown())
+        self._die(EngineStopped("the engine was closed"))
         self._outbox.put(None)
         await asyncio.to_thread(self._join)
         self._stop_reading()
-        self._die()
+
+    def kill(self) -> None:
+        """Ends the engine's process at once; every stream hears of it."""
+        self._process.kill()
+
+    def dump_stacks(self) -> None:
+        """Makes the engine's process print where its threads are, if it still can."""
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGUSR1)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the engine's process; negative is a signal, None where it runs."""
+        return self._process.exitcode
 
     def _join(self) -> None:
         if self._info is None:
@@ -453,7 +496,7 @@ class InprocEngine(_StreamingClient):
         try:
             loop.run(self, lambda output: self._post(self._dispatch, output))
         finally:
-            self._post(self._die)
+            self._post(self._die, EngineDead("the engine is gone"))
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
@@ -476,4 +519,4 @@ class InprocEngine(_StreamingClient):
     async def close(self) -> None:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._die()
+        self._die(EngineStopped("the engine was closed"))

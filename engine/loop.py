@@ -63,8 +63,8 @@ class Inbox(Protocol):
 class EngineLoop:
     """Scheduler and runner, stepped in turn.
 
-    Args:
-        trace: what it keeps of the steps; the same one is the scheduler's journal.
+    Attributes:
+        progress: steps begun; it grows as long as there is work and the loop is alive.
     """
 
     def __init__(
@@ -74,9 +74,11 @@ class EngineLoop:
         info: EngineInfo,
         trace: StepTrace | None = None,
     ) -> None:
+        """`trace` keeps what it is told of the steps; the same one is the scheduler's journal."""
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
+        self.progress = 0
         self._trace = trace
         self._output = StepOutput(stats=EngineStats())
         self._steps = self._failed_in_a_row = 0
@@ -135,6 +137,7 @@ class EngineLoop:
         if not plan.scheduled:
             self.scheduler.commit(StepResult(plan.id, []))
             return
+        self.progress += 1
         try:
             result = self.runner.run(plan)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import signal
 import traceback
@@ -43,6 +44,7 @@ def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
         level=settings.observability.log_level.upper(),
         format="%(levelname)s %(name)s: %(message)s",
     )
+    faulthandler.register(signal.SIGUSR1)  # all stacks, even where Python itself stands still
     encode = msgspec.msgpack.Encoder().encode
 
     def send(message: FromEngine) -> None:
@@ -61,8 +63,11 @@ def _serve(
     send: Callable[[FromEngine], None],
     progress: loader.Progress,
 ) -> None:
+    progress("engine", 0, 1, "starting its process")
     from engine.build import StartError, build
+    from engine.stall_watch import StallWatch
 
+    progress("engine", 1, 1, "its process runs")
     try:
         loop = build(settings, progress)
     except StartError as error:
@@ -71,5 +76,6 @@ def _serve(
     except Exception:
         send(StartFailed(traceback.format_exc(), expected=False))
         return
+    StallWatch(loop, settings.lifetime.stall_timeout).start()
     send(Ready(loop.info))
     loop.run(inbox, send)

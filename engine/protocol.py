@@ -15,6 +15,9 @@ from scheduler.plan import Scores
 from scheduler.request import Request
 from scheduler.stopping import FinishReason
 
+STALLED = 70
+"""Exit code where the engine stood still: of its process, and of the server around it."""
+
 
 class Receipt(msgspec.Struct, frozen=True, array_like=True):
     """What one answer took, as the engine saw it. It is said once, when the answer ends.
@@ -328,8 +331,8 @@ class Explained(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Start-up progress of one phase (`download`, `weights`, `memory`, `kernels`), done of total
-    in its own units."""
+    """Start-up progress of one phase, done of total in its own units: `engine` (its process),
+    `download`, `weights`, `kernels`, `memory`, `warm-up`."""
 
     phase: str
     done: float

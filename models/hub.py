@@ -122,7 +122,7 @@ def _bar(model: str, progress: Callable[[str, float, float, str], None] | None) 
                 # Several bars count the same bytes (received, written): the furthest one speaks.
                 seen["done"] = max(seen["done"], float(self.n))
                 seen["total"] = max(seen["total"], float(self.total or 0))
-                progress("downloading", seen["done"], seen["total"], model)
+                progress("download", seen["done"], seen["total"], model)
             return changed
 
     return Bar

@@ -159,7 +159,7 @@ def _fill(model: CausalLM, path: Path, files: list[Path], progress: Progress) ->
     wanted = model.checkpoint_tensors()
     total = float(sum(file.stat().st_size for file in files))
     done, extra = 0.0, []
-    progress("loading", done, total, path.name)
+    progress("weights", done, total, path.name)
     for name, tensor in shards.tensors(files):
         # A base model saved without its head leaves out the prefix that its class puts in front.
         target = wanted.pop(name, None)
@@ -170,14 +170,14 @@ def _fill(model: CausalLM, path: Path, files: list[Path], progress: Progress) ->
         else:
             _copy(name, tensor, target)
         done += tensor.nbytes
-        progress("loading", done, total, name)
+        progress("weights", done, total, name)
     if wanted:
         names = sorted(wanted)
         raise CheckpointError(
             f"{path} lacks {len(names)} tensors of {model.config.architecture}:"
             f" {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         )
-    progress("loading", total, total, path.name)
+    progress("weights", total, total, path.name)
     _report_extra(model, path, extra)
 
 

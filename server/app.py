@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi import FastAPI
 
 from engine.client import EngineClient
 from server import __version__, errors, openapi
-from server.edge import OPEN_PATHS, BodyLimit, HangUp, KeyGuard, RequestId
+from server.edge import OPEN_PATHS, BodyLimit, Gate, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
+from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.routes import chat, completions, debug, status, steps
 from server.schemas import Limits
@@ -22,6 +25,7 @@ def create_app(
     text: TextModel,
     *,
     served_model_names: tuple[str, ...],
+    lifecycle: Lifecycle | None = None,
     limits: Limits | None = None,
     keys: KeyRing | None = None,
     metrics_without_key: bool = False,
@@ -32,13 +36,15 @@ def create_app(
         engine: started; closing it is the caller's.
         text: the text side of the same model, `TextModel.load(engine.info.model_path)`.
         served_model_names: what clients may put into `model`; the first is reported.
+        lifecycle: of the server around it; None where there is none, as in tests.
         limits: largest body, most messages, most prompts.
         keys: one is asked of every request but health checks; None asks for nothing.
         metrics_without_key: `/metrics` asks for none either.
     """
     limits = limits or Limits()
+    lifecycle = lifecycle or Lifecycle(stall_timeout=math.inf, engine=engine)
     metrics = Metrics(engine.stats, served_model_names[0])
-    service = Service(engine, text, metrics, served_model_names, limits)
+    service = Service(engine, text, metrics, served_model_names, limits, lifecycle)
     app = FastAPI(title="Quire", version=__version__)
     for module in (chat, completions, debug, status, steps):
         app.include_router(module.router(service))
@@ -47,6 +53,7 @@ def create_app(
     # The last one added is the first one met.
     app.add_middleware(HangUp)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
+    app.add_middleware(Gate, lifecycle=lifecycle)
     open_paths = OPEN_PATHS | {"/metrics"} if metrics_without_key else OPEN_PATHS
     app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
     app.add_middleware(RequestId)

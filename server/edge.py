@@ -2,6 +2,7 @@
 
 RequestId   names the request, takes the time of its arrival
 KeyGuard    401 before a byte of the body is read
+Gate        503 while the server takes no new work
 BodyLimit   413, from the content-length or while the body comes in
 HangUp      cancels the work of a client that went away
 """
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.keys import KeyRing
+from server.lifecycle import Lifecycle
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 
@@ -79,6 +81,21 @@ class KeyGuard:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         owner = self._keys.tenant(key.strip().encode("latin-1", "replace"))
         return owner if scheme.lower() == "bearer" or not self._keys else None
+
+
+class Gate:
+    """Keeps count of the requests that make work, and refuses new ones where none is taken."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self._app, self._lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        if problem := self._lifecycle.problem:
+            return await problem.response()(scope, receive, send)
+        with self._lifecycle.work():
+            await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import msgspec
-from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.client import EngineDead, RequestFailed
+from engine.client import EngineDead, EngineStopped, RequestFailed
 from scheduler.request import InvalidRequest
+
+if TYPE_CHECKING:  # half a second, which a server that is starting does not have
+    from fastapi import FastAPI
 
 RETRY_AFTER_SECONDS = 5
 
@@ -45,15 +48,18 @@ class ApiError(Exception):
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
-    def body(self) -> bytes:
-        """The error as JSON."""
-        error = {
+    def fields(self) -> dict[str, str | None]:
+        """What stands under `error`."""
+        return {
             "message": self.message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
         }
-        return msgspec.json.encode({"error": error})
+
+    def body(self) -> bytes:
+        """The error as JSON."""
+        return msgspec.json.encode({"error": self.fields()})
 
     def response(self) -> Response:
         """The error as an HTTP response."""
@@ -72,6 +78,12 @@ def invalid(param: str | None, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
+def unavailable(message: str, code: str) -> ApiError:
+    """503 for what another try, later or elsewhere, may well get."""
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS), "x-should-retry": "true"}
+    return ApiError(503, message, code=code, headers=headers)
+
+
 def from_exception(error: Exception) -> ApiError:
     """What a client is told about `error`. Of anything unforeseen it learns nothing but that it
     happened: the traceback belongs in the log."""
@@ -80,13 +92,10 @@ def from_exception(error: Exception) -> ApiError:
             return error
         case InvalidRequest():
             return ApiError(400, error.message, param=error.param, code=error.code)
+        case EngineStopped():
+            return unavailable("the server is shutting down", "shutting_down")
         case EngineDead():
-            return ApiError(
-                503,
-                "the engine is not running",
-                code="engine_dead",
-                headers={"retry-after": str(RETRY_AFTER_SECONDS), "x-should-retry": "true"},
-            )
+            return unavailable("the engine is not running", "engine_dead")
         case RequestFailed():
             return ApiError(500, str(error) or "the engine failed", code="request_failed")
         case HTTPException():

@@ -1,7 +1,9 @@
-"""What `quire serve` does: port, engine, app, and a clean end.
+"""What `quire serve` does, from the port to the exit code.
 
-The port is taken first: it is the cheapest thing that can fail. It listens only when the engine is
-ready, so that a load balancer sees a refused connection and not a silent one until then.
+    port ─┬─ health checks answer, everything else is 503 ───────────┐
+          └─ engine: download, weights, kernels, memory, warm-up ────┴─ routes ── signal ── drain
+
+The port comes first: it is the cheapest thing that can fail.
 """
 
 from __future__ import annotations
@@ -9,37 +11,41 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
 import logging
 import signal
 import socket
 import sys
-import time
-from collections.abc import Awaitable, Iterator
-from typing import TYPE_CHECKING, Final, NoReturn, TextIO, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from configs.settings import Settings, SettingsError, format_bytes
-from engine.client import EngineClient, EngineStartError, connect
-from engine.protocol import EngineInfo, Progress
-from server import __version__
-from server.cli import FAILED, MISUSED, OK, reachable
+from configs.settings import Settings, SettingsError
+from engine.client import EngineStartError, ProcessEngine, connect
+from engine.protocol import STALLED, Progress
+from server.banner import banner
+from server.cli import FAILED, MISUSED, OK
 from server.keys import KeyRing, require_keys
+from server.lifecycle import Lifecycle
+from server.progress import ProgressLines
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
-    from tqdm import tqdm
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
-GRACE_SECONDS: Final = 20
-"""How long running answers may go on after the first signal; a second signal ends them."""
+FLUSH_SECONDS: Final = 3
+"""How long the last bytes, such as error events, may take to reach their clients."""
 
-ALIVE_CHECK_SECONDS: Final = 0.5
+CHECK_SECONDS: Final = 0.5
+STALLED_CHECKS: Final = 4
+"""A stalled engine ends itself and says why; one that cannot is killed so many checks later. Never
+at the first check: this process may have been suspended itself, with the engine's news unread."""
 
 T = TypeVar("T")
-_COUNTED: Final = ("memory", "kernels")  # phases in units of their own; the others are bytes
+logger = logging.getLogger("quire.server")
 
 
 class Stopped(Exception):
-    """A signal came before the server was up."""
+    """A signal came first."""
 
 
 def serve(settings: Settings) -> int:
@@ -52,10 +58,10 @@ def serve(settings: Settings) -> int:
     level = settings.observability.log_level
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
     keys = KeyRing.read(settings.http)
-    with listening_socket(settings.http.host, settings.http.port) as bound:
-        require_keys(bound.getsockname()[0], keys, no_auth=settings.http.no_auth)
+    with listening_socket(settings.http.host, settings.http.port) as listening:
+        require_keys(listening.getsockname()[0], keys, no_auth=settings.http.no_auth)
         try:
-            return asyncio.run(_serve(settings, keys, bound))
+            return asyncio.run(_Server(settings, keys, listening).run())
         except EngineStartError as error:
             if not error.expected:
                 raise
@@ -64,7 +70,7 @@ def serve(settings: Settings) -> int:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not yet listening.
+    """A socket that listens at the address; who connects waits until somebody answers.
 
     Raises:
         SettingsError: the address is taken or is not this machine's.
@@ -77,110 +83,176 @@ def listening_socket(host: str, port: int) -> socket.socket:
         raise SettingsError(
             f"host must be an address of this machine, got {host}: {error}"
         ) from None
-    bound = socket.socket(family, kind, number)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, kind, number)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(address)
+        listening.bind(address)
+        listening.listen()
     except OSError as error:
-        bound.close()
+        listening.close()
         raise SettingsError(
             f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port"
         ) from None
-    return bound
+    return listening
 
 
-async def _serve(settings: Settings, keys: KeyRing, bound: socket.socket) -> int:
-    stop = _signals()
-    with ProgressLines(sys.stderr) as lines:
+class _Server:
+    """One run of a server."""
+
+    def __init__(self, settings: Settings, keys: KeyRing, listening: socket.socket) -> None:
+        self._settings, self._keys, self._listening = settings, keys, listening
+        self._lifecycle = Lifecycle(settings.lifetime.stall_timeout)
+        self._signals: asyncio.Queue[None] = asyncio.Queue()  # an item for each
+
+    async def run(self) -> int:
+        """Until the end; the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signals.put_nowait, None)
+        with ProgressLines(sys.stderr) as lines:
+            # The engine's process has the longest way to go: it sets out before anything else.
+            connecting = asyncio.create_task(self._connect(lines))
+            await asyncio.sleep(0)
+            from server.starting import starting_app
+
+            front = _Front(starting_app(self._lifecycle, self._keys))
+            async with _http(front, self._listening) as http:
+                try:
+                    engine = await self._unless_signalled(connecting)
+                except Stopped:
+                    return OK
+                try:
+                    await self._open(front, engine)
+                    return await self._serve(engine, http)
+                finally:
+                    await engine.close()
+
+    async def _connect(self, lines: ProgressLines) -> ProcessEngine:
+        """The engine, started."""
+
+        def show(message: Progress) -> None:
+            self._lifecycle.progress = message
+            lines.show(message)
+
+        # The HTTP stack is imported while the engine's process imports torch.
+        imported = asyncio.to_thread(importlib.import_module, "server.app")
+        engine, _ = await asyncio.gather(connect(self._settings, show), imported)
+        return engine
+
+    async def _open(self, front: _Front, engine: ProcessEngine) -> None:
+        """Puts the routes over `engine` in front."""
+        front.app = await asyncio.to_thread(
+            build_app, self._settings, self._keys, self._lifecycle, engine
+        )
+        self._lifecycle.engine = engine
+        address = self._listening.getsockname()
+        print(banner(self._settings, self._keys, engine.info, address), flush=True)
+
+    async def _unless_signalled(self, task: asyncio.Task[T]) -> T:
+        """The result of `task`, or Stopped where a signal comes first; it is then cancelled."""
+        signalled = asyncio.ensure_future(self._signals.get())
+        await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            signalled.cancel()
+            return task.result()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        raise Stopped
+
+    async def _serve(self, engine: ProcessEngine, http: uvicorn.Server) -> int:
+        """Until a signal and the end of what is running then, or until the engine is gone."""
         try:
-            # The engine process imports torch meanwhile: on two cores the HTTP stack comes free.
-            imported = asyncio.to_thread(importlib.import_module, "server.app")
-            client, _ = await _unless(stop, asyncio.gather(connect(settings, lines.show), imported))
+            return await self._unless_signalled(asyncio.create_task(self._watch(engine)))
         except Stopped:
+            await self._drain(engine, http)
             return OK
-    try:
-        await _answer_http(settings, keys, client, bound, stop)
-        return OK if client.alive else FAILED
-    finally:
-        await client.close()
+
+    async def _watch(self, engine: ProcessEngine) -> int:
+        """Returns an exit code when the engine is gone; one that stands still is killed. Its
+        streams have then been told, and a supervisor starts everything anew."""
+        stalled = 0
+        while engine.alive and stalled < STALLED_CHECKS:
+            await asyncio.sleep(CHECK_SECONDS)
+            stalled = stalled + 1 if self._lifecycle.state == "stalled" else 0
+        if engine.alive:
+            logger.critical("no step for %.0f s: the engine is killed", engine.quiet_seconds)
+            engine.dump_stacks()
+            await asyncio.sleep(CHECK_SECONDS)
+            engine.kill()
+            while engine.alive:  # its streams are told that it died, not that the server closed it
+                await asyncio.sleep(CHECK_SECONDS / 10)
+        await engine.close()
+        logger.critical("the engine is gone (exit code %s); the server ends", engine.exit_code)
+        return STALLED if stalled or engine.exit_code == STALLED else FAILED
+
+    async def _drain(self, engine: ProcessEngine, http: uvicorn.Server) -> None:
+        """Lets what is running end, for a while; the rest ends with an error."""
+
+        async def hurry() -> None:
+            await self._signals.get()
+            http.force_exit = True
+            engine.kill()
+
+        self._lifecycle.draining = True
+        seconds = self._settings.lifetime.shutdown_timeout
+        if self._lifecycle.running:
+            logger.info(
+                "stopping: waiting up to %g s for %d running requests (another signal ends them)",
+                seconds,
+                self._lifecycle.running,
+            )
+        hurrying = asyncio.create_task(hurry())
+        idle = asyncio.create_task(self._lifecycle.idle())
+        await asyncio.wait((hurrying, idle), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if self._lifecycle.running:
+            logger.warning("ending %d requests before they are done", self._lifecycle.running)
+        await engine.close()
 
 
-def _signals() -> asyncio.Queue[None]:
-    """One item for each SIGINT or SIGTERM."""
-    stop: asyncio.Queue[None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.put_nowait, None)
-    return stop
+class _Front:
+    """The application as the HTTP server sees it: first one that starts, then the real one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
 
-async def _unless(stop: asyncio.Queue[None], work: Awaitable[T]) -> T:
-    """The result of `work`, or Stopped where a signal comes first; `work` is then cancelled."""
-    task, signalled = asyncio.ensure_future(work), asyncio.ensure_future(stop.get())
-    await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        signalled.cancel()
-        return task.result()
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    raise Stopped
-
-
-async def _answer_http(
-    settings: Settings,
-    keys: KeyRing,
-    client: EngineClient,
-    bound: socket.socket,
-    stop: asyncio.Queue[None],
-) -> None:
+@contextlib.asynccontextmanager
+async def _http(app: ASGIApp, listening: socket.socket) -> AsyncIterator[uvicorn.Server]:
+    """Answers HTTP within the context; on the way out, the last bytes get a little time."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # signals are `stop`'s: uvicorn would raise them again after a clean end
+            yield  # signals are `_Server`'s: uvicorn would raise them again after a clean end
 
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            print(banner(settings, keys, client.info, bound.getsockname()), flush=True)
-
-    app = build_app(settings, keys, client)
     server = Server(
         uvicorn.Config(
             app,
+            lifespan="off",
+            ws="none",
             log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
         )
     )
-
-    async def watch() -> None:
-        await _stopped_or_dead(stop, client)
-        server.should_exit = True
-        await stop.get()
-        server.force_exit = True
-
-    watching = asyncio.create_task(watch())
+    answering = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        await server.serve(sockets=[bound])
+        yield server
     finally:
-        watching.cancel()
+        server.should_exit = True
+        await answering
 
 
-async def _stopped_or_dead(stop: asyncio.Queue[None], client: EngineClient) -> None:
-    """Returns at the first signal, or when the engine is gone: its streams have then been told,
-    and a supervisor starts everything anew."""
-    while client.alive:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.get(), ALIVE_CHECK_SECONDS)
-            return
-    print("quire: the engine is gone; the server ends", file=sys.stderr, flush=True)
-
-
-def build_app(settings: Settings, keys: KeyRing, client: EngineClient) -> FastAPI:
+def build_app(
+    settings: Settings, keys: KeyRing, lifecycle: Lifecycle, engine: ProcessEngine
+) -> FastAPI:
     """The HTTP application over a running engine.
 
     Raises:
@@ -190,113 +262,16 @@ def build_app(settings: Settings, keys: KeyRing, client: EngineClient) -> FastAP
     from server.tokenizer import TextModelError
 
     try:
-        text = TextModel.load(client.info.model_path)
+        text = TextModel.load(engine.info.model_path)
     except TextModelError as error:
         raise EngineStartError(str(error), expected=True) from None
     limits = settings.limits
     return create_app(
-        client,
+        engine,
         text,
         served_model_names=settings.model.names,
+        lifecycle=lifecycle,
         limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
         keys=keys,
         metrics_without_key=settings.http.metrics_without_key,
     )
-
-
-def banner(settings: Settings, keys: KeyRing, info: EngineInfo, address: tuple[object, ...]) -> str:
-    """A box with what runs and how large it is, and a first request to copy."""
-    url = f"http://{reachable(settings.http.host)}:{address[1]}"
-    tokens = info.num_blocks * info.block_size
-    pool = format_bytes(tokens * info.kv_bytes_per_token)
-    rows = {
-        "address": url,
-        "models": ", ".join(settings.model.names),
-        "device": f"{info.device}, {info.dtype}",
-        "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
-        "KV cache": f"{info.num_blocks:,} blocks x {info.block_size} = {tokens:,} tokens, {pool}",
-        "context": f"{info.max_model_len:,} tokens at most",
-        "API key": "on" if keys else "off",
-    }
-    title = f"Quire {__version__}"
-    lines = [f"{name:<10}{value}" for name, value in rows.items()]
-    width = max(map(len, [title, *lines]))
-    return "\n".join(
-        [
-            f"+- {title} {'-' * (width - len(title) - 1)}+",
-            *(f"| {line:<{width}} |" for line in lines),
-            f"+{'-' * (width + 2)}+",
-            first_request(settings.model.names[0], url, with_key=bool(keys)),
-        ]
-    )
-
-
-def first_request(model: str, url: str, *, with_key: bool) -> str:
-    """A curl line; a key stays in the variable that holds it."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Hello"}],
-        "stream": True,
-    }
-    key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if with_key else ""
-    return (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d '{json.dumps(body)}'"
-    )
-
-
-class ProgressLines:
-    """Shows how the start goes: a bar for each phase on a terminal, else one line for each."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._terminal = out.isatty()
-        self._phase = ""
-        self._began = 0.0
-        self._finished = False
-        self._bar: tqdm[NoReturn] | None = None
-
-    def __enter__(self) -> ProgressLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def show(self, message: Progress) -> None:
-        """Takes the next message; phases come one after another. A total of 0 is not known yet."""
-        if message.phase != self._phase:
-            self._close()
-            self._phase, self._began, self._finished = message.phase, time.monotonic(), False
-            if self._terminal:
-                self._open(message)
-        if self._bar is not None:
-            self._bar.total = message.total or None
-            self._bar.set_postfix_str(message.note, refresh=False)
-            self._bar.update(message.done - self._bar.n)
-        elif 0 < message.total <= message.done and not self._finished:
-            self._finished = True
-            self._out.write(self._line(message) + "\n")
-            self._out.flush()
-
-    def _open(self, message: Progress) -> None:
-        from tqdm import tqdm
-
-        in_bytes = message.phase not in _COUNTED
-        self._bar = tqdm(
-            total=message.total or None,
-            desc=message.phase,
-            file=self._out,
-            unit="B" if in_bytes else "",
-            unit_scale=in_bytes,
-            unit_divisor=1024,
-        )
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _line(self, message: Progress) -> str:
-        amount = [format_bytes(message.total)] if message.phase not in _COUNTED else []
-        told = ", ".join([*amount, *([message.note] if message.note else [])])
-        return f"{message.phase}: {told} ({time.monotonic() - self._began:.1f} s)"

@@ -19,6 +19,7 @@ from server import __version__
 from server.errors import ApiError, invalid, unsupported
 from server.fields import check_extra, one_max_tokens, printable
 from server.generate import Generation, TextOptions
+from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.schemas import GenerationBody, Limits, parse
 from server.sse import Envelope, UsageOptions
@@ -57,9 +58,10 @@ class Service:
         metrics: Metrics,
         names: tuple[str, ...],
         limits: Limits,
+        lifecycle: Lifecycle,
     ) -> None:
         self.engine, self.text, self.metrics = engine, text, metrics
-        self.names, self.limits = names, limits
+        self.names, self.limits, self.lifecycle = names, limits, lifecycle
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])
 

@@ -1,4 +1,4 @@
-"""What is served, and how it is: models, health, metrics, version."""
+"""What is served, and how it is: models, health, metrics, version. See `health` for the checks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from engine.client import EngineDead
 from server import __version__
-from server.errors import from_exception
+from server.routes.health import checks
 from server.service import Service
 
 
@@ -29,11 +28,8 @@ def router(service: Service) -> APIRouter:
         service.check_model(name)
         return JSONResponse(_model(service, name))
 
-    @routes.get("/health")
-    async def health() -> Response:
-        if not service.engine.alive:
-            return from_exception(EngineDead()).response()
-        return JSONResponse({"status": "ok"})
+    for path, check in checks(service.lifecycle).items():
+        routes.add_api_route(path, check, methods=["GET"], name=path.strip("/"))
 
     @routes.get("/metrics")
     async def metrics() -> Response:

@@ -140,7 +140,7 @@ def test_progress_counts_bytes_up(folder):
     size = (folder / "model.safetensors").stat().st_size
     done = [call[1] for call in calls]
     assert done == sorted(done) and done[0] == 0 and done[-1] == size
-    assert {(call[0], call[2]) for call in calls} == {("loading", size)}
+    assert {(call[0], call[2]) for call in calls} == {("weights", size)}
 
 
 def test_extra_tensors(folder, caplog):
@@ -352,8 +352,8 @@ def test_hub_download_reports_bytes(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.download("org/name", None, lambda *call: calls.append(call)) == tmp_path
-    assert calls[0] == ("downloading", 100.0, 100.0, "org/name")
-    assert calls[-1] == ("downloading", 150.0, 150.0, "org/name")
+    assert calls[0] == ("download", 100.0, 100.0, "org/name")
+    assert calls[-1] == ("download", 150.0, 150.0, "org/name")
 
 
 def test_resolve_dtype(made, monkeypatch):

@@ -69,6 +69,7 @@ class FakeEngine:
     receipt: Receipt = field(default_factory=lambda: Receipt(0.25, 0.5, 2.0, 7, 1, 3, 4.5))
     listener: Callable[[Receipt], None] = lambda receipt: None
     alive: bool = True
+    quiet_seconds: float = 0.0
     snapshot: EngineStats = field(default_factory=EngineStats)
     view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
     problem: str | None = None

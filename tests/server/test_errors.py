@@ -322,5 +322,7 @@ def test_error_while_building(front: Door, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_dead_engine_is_not_healthy(front: Door) -> None:
-    assert front.get("/health").json() == {"status": "ok"}
-    check(door(says("x", alive=False)).get("/health"), 503, "engine_dead", None)
+    assert front.get("/health").json() == {"status": "ready"}
+    dead = door(says("x", alive=False)).get("/health")
+    assert (dead.status_code, dead.json()["status"]) == (503, "dead")
+    assert dead.json()["error"]["code"] == "engine_dead"

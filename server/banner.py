@@ -1,0 +1,52 @@
+"""What a server says of itself once it is ready."""
+
+from __future__ import annotations
+
+import json
+
+from configs.settings import Settings, format_bytes
+from engine.protocol import EngineInfo
+from server import __version__
+from server.cli import reachable
+from server.keys import KeyRing
+
+
+def banner(settings: Settings, keys: KeyRing, info: EngineInfo, address: tuple[object, ...]) -> str:
+    """A box with what runs and how large it is, and a first request to copy."""
+    url = f"http://{reachable(settings.http.host)}:{address[1]}"
+    tokens = info.num_blocks * info.block_size
+    pool = format_bytes(tokens * info.kv_bytes_per_token)
+    rows = {
+        "address": url,
+        "models": ", ".join(settings.model.names),
+        "device": f"{info.device}, {info.dtype}",
+        "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
+        "KV cache": f"{info.num_blocks:,} blocks x {info.block_size} = {tokens:,} tokens, {pool}",
+        "context": f"{info.max_model_len:,} tokens at most",
+        "API key": "on" if keys else "off",
+    }
+    title = f"Quire {__version__}"
+    lines = [f"{name:<10}{value}" for name, value in rows.items()]
+    width = max(map(len, [title, *lines]))
+    return "\n".join(
+        [
+            f"+- {title} {'-' * (width - len(title) - 1)}+",
+            *(f"| {line:<{width}} |" for line in lines),
+            f"+{'-' * (width + 2)}+",
+            first_request(settings.model.names[0], url, with_key=bool(keys)),
+        ]
+    )
+
+
+def first_request(model: str, url: str, *, with_key: bool) -> str:
+    """A curl line; a key stays in the variable that holds it."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "stream": True,
+    }
+    key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if with_key else ""
+    return (
+        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d '{json.dumps(body)}'"
+    )
