@@ -50,6 +50,7 @@ class FakeDevice:
         self.block_size = block_size
         self.windows = windows
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
+        self.known: list[list[int]] = [[] for _ in range(num_slots)]
         self.tables: list[list[dict[int, int]]] = [[] for _ in range(num_slots)]
         self.kv: dict[tuple[int, int], int] = {}  # (block, row) -> digest
         self.steps = self.computed = self.copied = 0
@@ -72,6 +73,7 @@ class FakeDevice:
     def _apply(self, plan: StepPlan) -> None:
         for new in plan.admitted:
             self.tokens[new.slot] = new.tokens[:]
+            self.known[new.slot] = []
             self.tables[new.slot] = [{} for _ in self.windows]
         for entries in plan.new_blocks:
             assert min(entries.blocks) >= 0
@@ -88,22 +90,27 @@ class FakeDevice:
                     self.kv[copy.dst, row] = self.kv[copy.src, row]
 
     def _store(self, item: ScheduledSeq) -> None:
-        tokens = self.tokens[item.slot]
+        digests = self._digests(item.slot)
         for position in range(item.start, item.start + item.count):
             self.computed += 1
-            value = digest(tokens[: position + 1])
             for group in range(len(self.windows)):
-                self.kv[self._place(item.slot, group, position)] = value
+                self.kv[self._place(item.slot, group, position)] = digests[position]
 
     def _attend(self, item: ScheduledSeq) -> None:
-        tokens = self.tokens[item.slot]
+        digests = self._digests(item.slot)
         for group, window in enumerate(self.windows):
             first = max(item.start - window + 1, 0) if window else 0
             for position in range(first, item.start + item.count):
                 found = self.kv.get(self._place(item.slot, group, position))
-                assert found == digest(tokens[: position + 1]), (
+                assert found == digests[position], (
                     f"slot {item.slot}, group {group}, position {position}: not its own KV"
                 )
+
+    def _digests(self, slot: int) -> list[int]:
+        """What each position of the sequence in `slot` stores."""
+        known, tokens = self.known[slot], self.tokens[slot]
+        known.extend(digest(tokens[:end]) for end in range(len(known) + 1, len(tokens) + 1))
+        return known
 
     def _score(self, item: ScheduledSeq) -> Scores:
         """In place of log-probabilities the positions themselves, which must be computed."""

@@ -4,7 +4,8 @@ import os
 from collections import Counter, deque
 from typing import ClassVar
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,8 +25,10 @@ from scheduler.sequence import Sequence
 from tests.scheduler.fake_device import FakeDevice, expected, make_request
 
 EOS = frozenset({0, 1, 2})
-STEPS = int(os.environ.get("TEST_STEPS", "20000"))
-STEPS_PER_RUN = 45
+STEPS = int(os.environ.get("TEST_STEPS", "50000"))
+SEED = int(os.environ.get("TEST_SEED", "0"))
+SHARDS = 5
+STEPS_PER_RUN = 60
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -40,7 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(1, 6),
         budget=st.integers(1, 24),
         windows=st.sampled_from([(0,), (0,), (5,), (0, 7), (4, 0, 4), (3, 9)]),
-        prefix_cache=st.booleans(),
+        prefix_cache=st.sampled_from([True, True, True, False]),
         isolated=st.booleans(),
         watermark=st.sampled_from([0, 0, 1, 5]),
         reserve=st.sampled_from([False, False, False, True]),
@@ -216,14 +219,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert self.scores.get((name, index), []) == list(every)
 
 
-def test_random_histories():
-    SchedulerMachine.rules_run = 0
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_random_histories(shard: int):
+    steps = STEPS // SHARDS
+    machine = type(f"Shard{shard}", (SchedulerMachine,), {"rules_run": 0, "seen": Counter()})
     profile = settings(
-        max_examples=-(-STEPS // STEPS_PER_RUN),
-        stateful_step_count=2 * STEPS_PER_RUN,  # the most; hypothesis ends many runs earlier
+        max_examples=-(-steps // STEPS_PER_RUN),
+        stateful_step_count=STEPS_PER_RUN * 3 // 2,  # the most; hypothesis ends some runs earlier
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(SchedulerMachine, settings=profile)  # type: ignore[no-untyped-call]
-    assert SchedulerMachine.rules_run >= STEPS
-    assert min(SchedulerMachine.seen.values()) >= STEPS // 200, SchedulerMachine.seen
+    print(f"TEST_SEED={SEED} TEST_STEPS={STEPS}, shard {shard}")
+    seeded = seed(SEED + shard)(machine)
+    run_state_machine_as_test(seeded, settings=profile)  # type: ignore[no-untyped-call]
+    print(f"{machine.rules_run} operations, {dict(machine.seen)}")
+    assert machine.rules_run >= steps
+    assert min(machine.seen.values()) >= steps // 1000, machine.seen
