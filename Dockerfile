@@ -21,11 +21,11 @@ ARG TORCH_INDEX_URL=
 WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-COPY requirements.lock ./
+COPY requirements.lock requirements-otel.lock ./
 RUN python3 -m venv /opt/venv \
     && if [ -n "$TORCH_INDEX_URL" ]; then \
          pip install --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements.lock)"; fi \
-    && pip install -r requirements.lock
+    && pip install -r requirements-otel.lock
 
 COPY . .
 RUN pip install --no-deps --no-build-isolation -e . \

@@ -20,7 +20,7 @@ help: ## list the targets
 
 venv: $(INSTALLED) ## make .venv with everything, development tools included
 
-$(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements-otel.lock requirements-dev.lock pyproject.toml
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "Quire needs Python 3.11 or 3.12; name one with make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -270,6 +270,14 @@ class ObservabilitySettings(Section):
         int,
         Field(ge=0, description="Steps of the scheduler that `/debug/steps` remembers; 0 is off"),
     ] = 1024
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://",
+            description="Where OpenTelemetry spans go, such as "
+            "`http://localhost:4318/v1/traces`; needs the extra `otel`. Default: nowhere",
+        ),
+    ] = None
 
 
 class Settings(BaseSettings):

@@ -238,6 +238,7 @@ def _receipt(seq: Sequence) -> Receipt:
         preemptions=seq.num_preemptions,
         blocks_peak=account.blocks_peak,
         block_seconds=account.block_seconds,
+        preempted_at=[moment - account.arrived for moment in account.preempted],
     )
 
 

@@ -29,6 +29,7 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
         recomputed_tokens: computed again because a preemption had thrown them away.
         blocks_peak: most KV blocks held at once; shared ones count in full.
         block_seconds: KV blocks held, times how long.
+        preempted_at: when, in seconds after the arrival.
     """
 
     queue: float = 0.0
@@ -38,6 +39,7 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     blocks_peak: int = 0
     block_seconds: float = 0.0
+    preempted_at: list[float] = []
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):

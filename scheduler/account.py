@@ -15,6 +15,7 @@ class Account:
     preemption belongs to the phase in which it happened.
 
     Attributes:
+        preempted: when it was, each time.
         recomputed: tokens that were computed once more because a preemption had thrown them away.
         blocks_peak: most blocks held at once, in all KV groups; shared ones count in full.
         block_seconds: blocks held, times how long. A block behind a sliding window counts until
@@ -31,6 +32,7 @@ class Account:
         "blocks_peak",
         "ended",
         "first_token",
+        "preempted",
         "recomputed",
         "started",
     )
@@ -40,6 +42,7 @@ class Account:
         self.started: float | None = None
         self.first_token: float | None = None
         self.ended: float | None = None
+        self.preempted: list[float] = []
         self.recomputed = self.blocks_peak = 0
         self.block_seconds = 0.0
         self._blocks = 0

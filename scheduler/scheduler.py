@@ -332,6 +332,7 @@ class Scheduler:
         self._vacate(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
+        seq.account.preempted.append(self._clock())
         self.num_preemptions += 1
         seq.status = Status.WAITING
         bisect.insort(self.waiting, seq, key=lambda s: s.order)

@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.routes import chat, completions, debug, status, steps
 from server.schemas import Limits
 from server.service import Service
+from server.spans import Spans
 from server.tokenizer import TextModel
 
 __all__ = ["Limits", "TextModel", "create_app"]
@@ -29,6 +30,7 @@ def create_app(
     limits: Limits | None = None,
     keys: KeyRing | None = None,
     metrics_without_key: bool = False,
+    spans: Spans | None = None,
 ) -> FastAPI:
     """The application over a running engine.
 
@@ -40,11 +42,12 @@ def create_app(
         limits: largest body, most messages, most prompts.
         keys: one is asked of every request but health checks; None asks for nothing.
         metrics_without_key: `/metrics` asks for none either.
+        spans: where OpenTelemetry spans of requests begin; closing them is the caller's.
     """
     limits = limits or Limits()
     lifecycle = lifecycle or Lifecycle(stall_timeout=math.inf, engine=engine)
     metrics = Metrics(engine.stats, served_model_names[0])
-    service = Service(engine, text, metrics, served_model_names, limits, lifecycle)
+    service = Service(engine, text, metrics, served_model_names, limits, lifecycle, spans)
     app = FastAPI(title="Quire", version=__version__)
     for module in (chat, completions, debug, status, steps):
         app.include_router(module.router(service))

@@ -24,6 +24,7 @@ from server.detokenizer import Detokenizer
 from server.errors import ApiError
 from server.metrics import AnswerClock, Metrics
 from server.receipt import AnswerReceipt, RequestReceipt
+from server.spans import RequestSpan
 from server.stops import StopMatcher
 from server.tokenizer import TextModel
 
@@ -63,7 +64,7 @@ class Answer:
     Attributes:
         index: of the choice in the response.
         tokens: tokens so far, those of a stop string and of the end included.
-        finished: whether a piece with a finish reason has come out.
+        finish_reason: why it ended, `abort` and `error` included; None until then.
         engine_receipt: what the engine says of it; None until it says so.
     """
 
@@ -73,7 +74,7 @@ class Answer:
         "_include_stop",
         "_stops",
         "engine_receipt",
-        "finished",
+        "finish_reason",
         "index",
         "tokens",
     )
@@ -83,13 +84,17 @@ class Answer:
     ) -> None:
         self.index = index
         self.tokens = 0
-        self.finished = False
+        self.finish_reason: str | None = None
         self.engine_receipt: Receipt | None = None
         self._detokenizer, self._clock = detokenizer, clock
         self._include_stop = options.include_stop
         self._stops = (
             StopMatcher(options.stops, include=options.include_stop) if options.stops else None
         )
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
     @property
     def receipt(self) -> AnswerReceipt:
@@ -123,7 +128,7 @@ class Answer:
     def abandon(self, reason: str, now: float) -> None:
         """The answer ends without its last piece: `abort` or `error`."""
         if not self.finished:
-            self.finished = True
+            self.finish_reason = reason
             self._clock.finish(reason, now)
 
     def _read(self, delta: TokenDelta) -> str:
@@ -153,8 +158,8 @@ class Answer:
         return self._stops.push(rest) + self._stops.flush() if self._stops else rest
 
     def _finish(self, piece: Piece, now: float) -> Piece:
-        self.finished = True
-        self._clock.finish(piece.finish_reason or "stop", now)
+        self.finish_reason = piece.finish_reason or "stop"
+        self._clock.finish(self.finish_reason, now)
         return piece
 
 
@@ -210,12 +215,15 @@ class Generation:
         requests: Sequence[Request],
         options: TextOptions,
         arrival: float,
+        span: RequestSpan | None = None,
     ) -> None:
         """Args:
         requests: one per prompt; their answers get the indexes 0..n-1, n..2n-1, ...
         arrival: of the HTTP request, monotonic seconds.
+        span: ended with this, where spans are on.
         """
         self._engine, self._metrics, self._requests = engine, metrics, requests
+        self._span = span
         self._answers = [
             [
                 Answer(
@@ -273,6 +281,18 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._abandon()
+        if self._span is not None:
+            every = [answer for answers in self._answers for answer in answers]
+            self._span.end(
+                self.usage,
+                [answer.receipt for answer in every],
+                [answer.finish_reason or "error" for answer in every],
+                self._news.error or error,
+            )
+
+    def _abandon(self) -> None:
+        """Ends what has not ended."""
         if self._not_admitted:  # refused, or gone before the engine took it: nothing was served
             return
         now = time.monotonic()

@@ -26,6 +26,7 @@ from server.cli import FAILED, MISUSED, OK
 from server.keys import KeyRing, require_keys
 from server.lifecycle import Lifecycle
 from server.progress import ProgressLines
+from server.spans import Spans, connect_spans
 
 if TYPE_CHECKING:
     import uvicorn
@@ -52,16 +53,21 @@ def serve(settings: Settings) -> int:
     """Serves until a signal; the exit code.
 
     Raises:
-        SettingsError: the port cannot be taken, or keys are missing or cannot be read.
+        SettingsError: the port cannot be taken, keys are missing or cannot be read, or a package
+            that a setting needs is not installed.
         EngineStartError: the engine failed in a way nobody expected.
     """
     level = settings.observability.log_level
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
     keys = KeyRing.read(settings.http)
-    with listening_socket(settings.http.host, settings.http.port) as listening:
+    spans = connect_spans(settings.observability.otlp_traces_endpoint)
+    with (
+        contextlib.closing(spans) if spans else contextlib.nullcontext(),
+        listening_socket(settings.http.host, settings.http.port) as listening,
+    ):
         require_keys(listening.getsockname()[0], keys, no_auth=settings.http.no_auth)
         try:
-            return asyncio.run(_Server(settings, keys, listening).run())
+            return asyncio.run(_Server(settings, keys, spans, listening).run())
         except EngineStartError as error:
             if not error.expected:
                 raise
@@ -99,8 +105,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
 class _Server:
     """One run of a server."""
 
-    def __init__(self, settings: Settings, keys: KeyRing, listening: socket.socket) -> None:
+    def __init__(
+        self, settings: Settings, keys: KeyRing, spans: Spans | None, listening: socket.socket
+    ) -> None:
         self._settings, self._keys, self._listening = settings, keys, listening
+        self._spans = spans
         self._lifecycle = Lifecycle(settings.lifetime.stall_timeout)
         self._signals: asyncio.Queue[None] = asyncio.Queue()  # an item for each
 
@@ -142,7 +151,7 @@ class _Server:
     async def _open(self, front: _Front, engine: ProcessEngine) -> None:
         """Puts the routes over `engine` in front."""
         front.app = await asyncio.to_thread(
-            build_app, self._settings, self._keys, self._lifecycle, engine
+            build_app, self._settings, self._keys, self._spans, self._lifecycle, engine
         )
         self._lifecycle.engine = engine
         address = self._listening.getsockname()
@@ -251,7 +260,11 @@ async def _http(app: ASGIApp, listening: socket.socket) -> AsyncIterator[uvicorn
 
 
 def build_app(
-    settings: Settings, keys: KeyRing, lifecycle: Lifecycle, engine: ProcessEngine
+    settings: Settings,
+    keys: KeyRing,
+    spans: Spans | None,
+    lifecycle: Lifecycle,
+    engine: ProcessEngine,
 ) -> FastAPI:
     """The HTTP application over a running engine.
 
@@ -274,4 +287,5 @@ def build_app(
         limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
         keys=keys,
         metrics_without_key=settings.http.metrics_without_key,
+        spans=spans,
     )

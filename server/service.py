@@ -22,6 +22,7 @@ from server.generate import Generation, TextOptions
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.schemas import GenerationBody, Limits, parse
+from server.spans import Spans
 from server.sse import Envelope, UsageOptions
 from server.tokenizer import TextModel
 
@@ -59,9 +60,11 @@ class Service:
         names: tuple[str, ...],
         limits: Limits,
         lifecycle: Lifecycle,
+        spans: Spans | None,
     ) -> None:
         self.engine, self.text, self.metrics = engine, text, metrics
         self.names, self.limits, self.lifecycle = names, limits, lifecycle
+        self._spans = spans
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])
 
@@ -182,9 +185,18 @@ class Service:
             skip_special=body.skip_special_tokens is not False,
             continues=continues,
         )
-        return Generation(
-            self.engine, self.text, self.metrics, requests, options, http.scope["state"]["arrival"]
-        )
+        arrival: float = http.scope["state"]["arrival"]
+        span = None
+        if self._spans is not None:
+            span = self._spans.start(
+                body,
+                requests,
+                operation="text_completion" if continues else "chat",
+                model=body.model or self.names[0],
+                headers=http.headers,
+                arrival=arrival,
+            )
+        return Generation(self.engine, self.text, self.metrics, requests, options, arrival, span)
 
     def envelope(self, prefix: str, body: GenerationBody) -> Envelope:
         """Names of a new response; its id begins with `prefix`."""
