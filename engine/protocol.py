@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from paged_cache.explain import Explanation
-from scheduler.plan import Scores
+from scheduler.plan import Scores as Scores  # the server knows it from here
 from scheduler.request import Request
 from scheduler.stopping import FinishReason
 

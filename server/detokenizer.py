@@ -54,7 +54,11 @@ class Vocabulary:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         decoder: Any = tokenizer.decoder
         self._spec = json.loads(decoder.__getstate__()) if decoder is not None else {}
-        self._byte_fallback = self._spec.get("type") == "Sequence"
+        kind = self._spec.get("type")
+        self._byte_fallback = kind == "Sequence"
+        self._is_sentencepiece = kind == "Metaspace" or (
+            kind == "Sequence" and _is_sentencepiece(self._spec["decoders"])
+        )
         self._bytes: dict[int, bytes] = {}
         self._pieces: dict[int, str | int] = {}
 
@@ -72,7 +76,7 @@ class Vocabulary:
         if kind == "Metaspace":
             strips = self._spec.get("prepend_scheme") != "never"
             return _SentencePiece(self, hidden, strip_piece=strips and not continues)
-        if kind == "Sequence" and _is_sentencepiece(self._spec["decoders"]):
+        if kind == "Sequence" and self._is_sentencepiece:
             strips = any(step["type"] == "Strip" for step in self._spec["decoders"])
             return _SentencePiece(self, hidden, strip_space=strips and not continues)
         return _Library(self.tokenizer, skip_special=skip_special)
@@ -88,6 +92,17 @@ class Vocabulary:
                 found = text.encode()
             self._bytes[token] = found
         return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token of any vocabulary stands for, by itself; b"" for an unknown id."""
+        if self._spec.get("type") == "ByteLevel":
+            return self.bytes_of(token)
+        if self._is_sentencepiece:
+            piece = self.piece_of(token)
+            if isinstance(piece, int):
+                return bytes([piece])
+            return piece.replace(METASPACE, " ").encode()
+        return self.tokenizer.decode([token], skip_special_tokens=False).encode()
 
     def piece_of(self, token: int) -> str | int:
         """The text of a token of a SentencePiece vocabulary, still with U+2581, or the one byte

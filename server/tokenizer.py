@@ -82,6 +82,10 @@ class TextModel:
         """The text of a whole prompt."""
         return decode(self.detokenizer(skip_special=skip_special), tokens)
 
+    def token_bytes(self, token: int) -> bytes:
+        """See `Vocabulary.token_bytes`."""
+        return self._vocabulary.token_bytes(token)
+
     def detokenizer(self, *, skip_special: bool = True, continues: bool = False) -> Detokenizer:
         """See `Vocabulary.detokenizer`."""
         return self._vocabulary.detokenizer(skip_special=skip_special, continues=continues)
