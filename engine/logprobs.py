@@ -43,15 +43,8 @@ def score_prompt(
         hidden: [rows, width]; the model's last hidden states
         logits: gives the logits of some of them
     """
-    whole = Scores([], [], [], [])
-    for first in range(0, hidden.shape[0], PIECE_ROWS):
-        piece = slice(first, first + PIECE_ROWS)
-        part = score(logits(hidden[piece]), tokens[piece], most)
-        whole.logprobs.extend(part.logprobs)
-        whole.ranks.extend(part.ranks)
-        whole.top_ids.extend(part.top_ids)
-        whole.top_logprobs.extend(part.top_logprobs)
-    return whole
+    pieces = [slice(at, at + PIECE_ROWS) for at in range(0, hidden.shape[0], PIECE_ROWS)]
+    return Scores.join(score(logits(hidden[piece]), tokens[piece], most) for piece in pieces)
 
 
 def prompt_rows(plan: StepPlan) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -85,6 +86,17 @@ class Scores(msgspec.Struct, frozen=True, array_like=True):
     ranks: list[int]
     top_ids: list[list[int]]
     top_logprobs: list[list[float]]
+
+    @staticmethod
+    def join(parts: Iterable[Scores]) -> Scores:
+        """Those of consecutive stretches as one."""
+        whole = Scores([], [], [], [])
+        for part in parts:
+            whole.logprobs.extend(part.logprobs)
+            whole.ranks.extend(part.ranks)
+            whole.top_ids.extend(part.top_ids)
+            whole.top_logprobs.extend(part.top_logprobs)
+        return whole
 
     def cut(self, first: int, count: int, most: int) -> Scores:
         """`count` tokens from `first` on, with at most `most` of the likeliest."""

@@ -18,7 +18,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
     "documents": (None, []),
-    "frequency_penalty": (None, 0, 0.0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_choice": (None,),
@@ -28,25 +27,15 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_regex": (None,),
     "guided_whitespace_pattern": (None,),
     "length_penalty": (None, 1, 1.0),
-    "logit_bias": (None, {}),
     "logits_processors": (None, []),
-    "logprobs": (None, False),
-    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
-    "presence_penalty": (None, 0, 0.0),
     "priority": (None, 0),
-    "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1, 1.0),
     "response_format": (None, {"type": "text"}),
-    "return_token_ids": (None, False),
-    "return_tokens_as_token_ids": (None, False),
     "structured_outputs": (None, {}),
     "suffix": (None, ""),
     "tool_choice": (None, "none"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
 
@@ -117,16 +106,18 @@ def printable(names: list[str]) -> str:
     return ", ".join([*plain, f"(and {more} more)"] if more else plain)
 
 
-def one_max_tokens(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
-    """The one value of the two names; some benchmark clients send both.
+def one_max_tokens(
+    max_tokens: int | None, max_completion_tokens: int | None, *, least: int
+) -> int | None:
+    """The one value of the two names, at least `least`; some benchmark clients send both.
 
     Raises:
         ApiError: 400 where they differ, or one is no count.
     """
     given = {"max_tokens": max_tokens, "max_completion_tokens": max_completion_tokens}
     for name, value in given.items():
-        if value is not None and value < 1:
-            raise invalid(name, f"{name} must be at least 1, got {value}")
+        if value is not None and value < least:
+            raise invalid(name, f"{name} must be at least {least}, got {value}")
     if max_tokens is None or max_completion_tokens is None:
         return max_completion_tokens if max_tokens is None else max_tokens
     if max_tokens != max_completion_tokens:

@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Self
 
 from engine.client import EngineClient, EngineDead, RequestFailed, TokenStream
-from engine.protocol import Receipt, TokenDelta
+from engine.protocol import Receipt, Scores, TokenDelta
 from scheduler.request import Request
 from server.detokenizer import Detokenizer
 from server.errors import ApiError
+from server.logprobs import Detail, Trail
 from server.metrics import AnswerClock, Metrics
 from server.receipt import AnswerReceipt, RequestReceipt
 from server.spans import RequestSpan
@@ -33,12 +34,14 @@ IDLE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More text of one answer; the last piece of an answer has a finish reason."""
+    """More text of one answer, and what was asked for beside it; the last piece of an answer has a
+    finish reason."""
 
     index: int
     text: str
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,17 @@ class TextOptions:
         include_stop: whether the stop string or stop token is part of the text.
         skip_special: leave special tokens out.
         continues: the answer goes on the prompt's text (completions), so a first space counts.
+        min_tokens: stop strings count only in the text of later tokens than these.
+        logprobs, token_ids: whether pieces tell them.
     """
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special: bool = True
     continues: bool = False
+    min_tokens: int = 0
+    logprobs: bool = False
+    token_ids: bool = False
 
 
 class Answer:
@@ -72,7 +80,9 @@ class Answer:
         "_clock",
         "_detokenizer",
         "_include_stop",
+        "_min_tokens",
         "_stops",
+        "_trail",
         "engine_receipt",
         "finish_reason",
         "index",
@@ -90,6 +100,11 @@ class Answer:
         self._include_stop = options.include_stop
         self._stops = (
             StopMatcher(options.stops, include=options.include_stop) if options.stops else None
+        )
+        self._min_tokens = options.min_tokens
+        detailed = options.logprobs or options.token_ids
+        self._trail = (
+            Trail(logprobs=options.logprobs, token_ids=options.token_ids) if detailed else None
         )
 
     @property
@@ -116,14 +131,17 @@ class Answer:
         text = self._read(delta)
         matched = self._stops.matched if self._stops else None
         if matched is not None:
-            return self._finish(Piece(self.index, text, "stop", matched), now)
+            return self._finish(text, "stop", matched, now)
         if delta.finish_reason is not None:
             text += self._flush()
             matched = self._stops.matched if self._stops else None
-            reason = "stop" if matched is not None else delta.finish_reason
-            stop_reason = delta.stop_reason if matched is None else matched
-            return self._finish(Piece(self.index, text, reason, stop_reason), now)
-        return Piece(self.index, text) if text else None
+            if matched is not None:
+                return self._finish(text, "stop", matched, now)
+            return self._finish(text, delta.finish_reason, delta.stop_reason, now)
+        if not text:
+            return None
+        detail = self._trail.release(len(text)) if self._trail else None
+        return Piece(self.index, text, detail=detail)
 
     def abandon(self, reason: str, now: float) -> None:
         """The answer ends without its last piece: `abort` or `error`."""
@@ -140,27 +158,44 @@ class Answer:
             self._include_stop and delta.stop_reason is not None
         ):
             shown -= 1
-        push = self._detokenizer.push
-        if self._stops is None:
+        if self._stops is None and self._trail is None:
+            push = self._detokenizer.push
             self.tokens += len(tokens)
             return "".join([push(token) for token in tokens[:shown]])
         text = ""
-        for count, token in enumerate(tokens[:shown], 1):
-            text += self._stops.push(push(token))
-            if self._stops.matched is not None:
-                self.tokens += count
+        for place, token in enumerate(tokens[:shown]):
+            text += self._read_one(token, delta.scores, place)
+            if self._stops is not None and self._stops.matched is not None:
                 return text
-        self.tokens += len(tokens)
+        self._count(tokens[shown:])
         return text
+
+    def _read_one(self, token: int, scores: Scores | None, place: int) -> str:
+        text = self._detokenizer.push(token)
+        if self._trail is not None:
+            self._trail.shown(token, len(text), scores, place)
+        self._count([token])
+        if self._stops is None or self.tokens <= self._min_tokens:
+            return text
+        return self._stops.push(text)
+
+    def _count(self, tokens: Sequence[int]) -> None:
+        self.tokens += len(tokens)
+        if self._trail is not None:
+            self._trail.counted(tokens)
 
     def _flush(self) -> str:
         rest = self._detokenizer.flush()
         return self._stops.push(rest) + self._stops.flush() if self._stops else rest
 
-    def _finish(self, piece: Piece, now: float) -> Piece:
-        self.finish_reason = piece.finish_reason or "stop"
-        self._clock.finish(self.finish_reason, now)
-        return piece
+    def _finish(self, text: str, reason: str, stop_reason: str | int | None, now: float) -> Piece:
+        self.finish_reason = reason
+        self._clock.finish(reason, now)
+        detail = None
+        if self._trail is not None:
+            cut = self._stops is not None and self._stops.matched is not None
+            detail = self._trail.release(len(text), everything=not cut)
+        return Piece(self.index, text, reason, stop_reason, detail)
 
 
 @dataclass(slots=True)
@@ -170,6 +205,7 @@ class WholeAnswer:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +277,7 @@ class Generation:
         self._news = _News()
         self._not_admitted = self._open = len(requests)
         self._cached_tokens = 0
+        self._prompt_scores: dict[str, list[Scores]] = {request.id: [] for request in requests}
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -256,6 +293,11 @@ class Generation:
             sum(answer.tokens for answers in self._answers for answer in answers),
             self._cached_tokens,
         )
+
+    def prompt_scores(self, index: int) -> Scores:
+        """Of the prompt of answer `index`; whole once a piece of that answer has come."""
+        request = self._requests[index // self._requests[0].n]
+        return Scores.join(self._prompt_scores[request.id])
 
     @property
     def receipt(self) -> RequestReceipt:
@@ -332,14 +374,17 @@ class Generation:
         """All answers, once they are finished: the fold of the stream."""
         answers = [WholeAnswer() for _ in range(self.count)]
         texts: list[list[str]] = [[] for _ in answers]
+        details: list[list[Detail]] = [[] for _ in answers]
         async with contextlib.aclosing(self.batches()) as batches:
             async for pieces in batches:
                 for piece in pieces:
                     texts[piece.index].append(piece.text)
+                    if piece.detail is not None:
+                        details[piece.index].append(piece.detail)
                     answers[piece.index].finish_reason = piece.finish_reason
                     answers[piece.index].stop_reason = piece.stop_reason
-        for answer, parts in zip(answers, texts, strict=True):
-            answer.text = "".join(parts)
+        for answer, parts, told in zip(answers, texts, details, strict=True):
+            answer.text, answer.detail = "".join(parts), Detail.join(told)
         return answers
 
     async def _run(self, request: Request, answers: Sequence[Answer]) -> None:
@@ -368,7 +413,9 @@ class Generation:
                 self._metrics.prompt_tokens.inc(len(request.prompt_ids))
             answer = answers[delta.index]
             answer.engine_receipt = delta.receipt
-            if answer.finished:
+            if delta.prompt_scores is not None:
+                self._prompt_scores[request.id].append(delta.prompt_scores)
+            if answer.finished or not (delta.tokens or delta.finish_reason):
                 continue
             piece = answer.push(delta, time.monotonic())
             if piece is not None:
@@ -377,13 +424,15 @@ class Generation:
                 unfinished -= answer.finished
                 if not unfinished:
                     return await self._settle(request, stream, answers)
+                if answer.finished and delta.finish_reason is None:
+                    self._engine.abort(request.id, delta.index)
         raise ApiError(500, "the engine ended the request early", code="request_failed")
 
     async def _settle(
         self, request: Request, stream: TokenStream, answers: Sequence[Answer]
     ) -> None:
-        """Where a stop string ended an answer before the engine knew, the engine is told; within
-        a step it says what the answer took."""
+        """Where a stop string ended the last answer before the engine knew, the engine is told;
+        within a step it says what the answer took."""
         if all(answer.engine_receipt is not None for answer in answers):
             return
         self._engine.abort(request.id)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from engine.protocol import Scores
@@ -38,24 +39,43 @@ def told(token: int, offset: int, scores: Scores, place: int) -> Told:
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """What a piece of text tells beside the text: log-probabilities and token ids, None where they
-    are not asked for."""
+    """What a piece of text tells beside the text: log-probabilities, token ids, those of the prompt
+    (with its first piece); None where they are not asked for."""
 
     logprobs: list[Told] | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: Sequence[int] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to tell for now."""
+        return not (self.logprobs or self.token_ids)
+
+    def moved(self, start: int) -> Detail:
+        """The same in a text that begins `start` characters before."""
+        if not start or self.logprobs is None:
+            return self
+        return replace(
+            self, logprobs=[replace(one, offset=start + one.offset) for one in self.logprobs]
+        )
 
     @staticmethod
-    def join(details: Iterable[Detail]) -> Detail | None:
-        """The whole of an answer's details, None if there are none."""
-        parts = list(details)
+    def join(parts: Sequence[Detail]) -> Detail | None:
+        """The details of an answer's pieces as one, None if there are none."""
         if not parts:
             return None
-        logprobs = [one for part in parts for one in part.logprobs or ()]
-        token_ids = [one for part in parts for one in part.token_ids or ()]
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+        token_ids = [part.token_ids for part in parts if part.token_ids is not None]
         return Detail(
-            None if parts[0].logprobs is None else logprobs,
-            None if parts[0].token_ids is None else token_ids,
+            list(chain.from_iterable(logprobs)) if logprobs else None,
+            list(chain.from_iterable(token_ids)) if token_ids else None,
+            parts[0].prompt_token_ids,
         )
+
+    def ids(self) -> dict[str, Sequence[int]]:
+        """The fields of a choice for the ids that were asked for."""
+        given = {"token_ids": self.token_ids, "prompt_token_ids": self.prompt_token_ids}
+        return {name: ids for name, ids in given.items() if ids is not None}
 
 
 class Trail:
@@ -117,25 +137,31 @@ class Wording:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def chat(self, entries: Sequence[Told]) -> dict[str, Any]:
-        """`logprobs` of a chat's choice."""
+    def chat(self, detail: Detail | None) -> dict[str, Any]:
+        """`logprobs` and ids of a chat's choice."""
+        if detail is None or detail.logprobs is None:
+            return {"logprobs": None, **(detail.ids() if detail else {})}
         content = [
             {
                 **self._entry(entry.token, entry.logprob),
                 "top_logprobs": [self._entry(token, value) for token, value in entry.top],
             }
-            for entry in entries
+            for entry in detail.logprobs
         ]
-        return {"content": content, "refusal": None}
+        return {"logprobs": {"content": content, "refusal": None}, **detail.ids()}
 
-    def completion(self, entries: Sequence[Told], start: int = 0) -> dict[str, Any]:
-        """`logprobs` of a completion's choice, whose text begins `start` characters before."""
-        return {
+    def completion(self, detail: Detail | None) -> dict[str, Any]:
+        """`logprobs` and ids of a completion's choice."""
+        if detail is None or detail.logprobs is None:
+            return {"logprobs": None, **(detail.ids() if detail else {})}
+        entries = detail.logprobs
+        logprobs = {
             "tokens": [self.name(entry.token) for entry in entries],
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
             "top_logprobs": [self._top(entry) for entry in entries],
-            "text_offset": [start + entry.offset for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
         }
+        return {"logprobs": logprobs, **detail.ids()}
 
     def prompt(self, entries: Sequence[Told]) -> list[dict[str, Any] | None]:
         """`prompt_logprobs` as vLLM has them: by token id, the prompt's own among them."""
@@ -169,9 +195,7 @@ class Wording:
         }
 
 
-def of_prompt(
-    ids: Sequence[int], scores: Scores | None, push: Callable[[int], str]
-) -> list[Told]:
+def of_prompt(ids: Sequence[int], scores: Scores | None, push: Callable[[int], str]) -> list[Told]:
     """A prompt's tokens.
 
     Args:

@@ -3,6 +3,7 @@ where `scheduler.request` builds the request, fields left out of here in `fields
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from scheduler.request import MAX_LOGPROBS
 from server.errors import ApiError, invalid
 
 MAX_STOPS = 16
+
+_TOKEN_ID = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,27 @@ class GenerationBody(Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     n: int | None = None
     best_of: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stop: Stop | None = None
+    min_tokens: int | None = None
     stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    echo: bool | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -142,17 +156,44 @@ class GenerationBody(Body):
             raise invalid(param, f"{param} must not be an empty string, got ''")
         return stops
 
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id.
+
+        Raises:
+            ApiError: 400 for a key that is no id.
+        """
+        biases = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not _TOKEN_ID.fullmatch(key):
+                raise invalid("logit_bias", f"logit_bias must have token ids as keys, got {key!r}")
+            biases[int(key)] = bias
+        return biases
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        """How many log-probabilities are told in place of each token; None tells nothing."""
+        raise NotImplementedError
+
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[Message], FailFast]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    echo: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionBody(GenerationBody):
     prompt: Prompt
-    echo: bool | None = None
+    logprobs: int | None = None
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 B = TypeVar("B", bound=Body)

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,8 +21,9 @@ from server.errors import ApiError, invalid, unsupported
 from server.fields import check_extra, one_max_tokens, printable
 from server.generate import Generation, TextOptions
 from server.lifecycle import Lifecycle
+from server.logprobs import Wording
 from server.metrics import Metrics
-from server.schemas import GenerationBody, Limits, parse
+from server.schemas import CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
 from server.tokenizer import TextModel
@@ -81,6 +83,8 @@ class Service:
             raise unsupported("best_of", f"best_of must equal n, got {body.best_of}; use n")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "stream_options needs stream to be true")
+        if body.prompt_logprobs is not None and body.stream:
+            raise invalid("prompt_logprobs", "prompt_logprobs needs stream to be false")
         return body
 
     def check_model(self, name: str) -> None:
@@ -119,21 +123,29 @@ class Service:
         Raises:
             InvalidRequest, ApiError: a value is out of range.
         """
-        stop_ids = tuple(body.stop_token_ids or ())
-        top = self.engine.info.vocab_size - 1
-        for place, token in enumerate(stop_ids):
-            if not 0 <= token <= top:
-                param = f"stop_token_ids.{place}"
-                raise invalid(param, f"{param} must be between 0 and {top}, got {token}")
+        penalty = body.repetition_penalty
+        echoes = bool(body.echo) and isinstance(body, CompletionBody)
+        prompt_logprobs = body.prompt_logprobs
+        if echoes and prompt_logprobs is None:
+            prompt_logprobs = body.answer_logprobs
         return SamplingParams(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
             min_p=body.min_p or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+            logit_bias=body.biases(),
             seed=body.seed,
-            max_tokens=one_max_tokens(body.max_tokens, body.max_completion_tokens),
-            stop_token_ids=stop_ids,
+            max_tokens=one_max_tokens(
+                body.max_tokens, body.max_completion_tokens, least=0 if echoes else 1
+            ),
+            min_tokens=body.min_tokens or 0,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
+            logprobs=body.answer_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def request(
@@ -184,6 +196,9 @@ class Service:
             include_stop=bool(body.include_stop_str_in_output),
             skip_special=body.skip_special_tokens is not False,
             continues=continues,
+            min_tokens=body.min_tokens or 0,
+            logprobs=body.answer_logprobs is not None,
+            token_ids=bool(body.return_token_ids),
         )
         arrival: float = http.scope["state"]["arrival"]
         span = None
@@ -197,6 +212,27 @@ class Service:
                 arrival=arrival,
             )
         return Generation(self.engine, self.text, self.metrics, requests, options, arrival, span)
+
+    def wording(self, body: GenerationBody) -> Wording:
+        """How tokens are named in the answer."""
+        return Wording(self.text, as_ids=bool(body.return_tokens_as_token_ids))
+
+    def truncated(self, ids: Sequence[int], body: GenerationBody) -> tuple[int, ...]:
+        """A prompt's last `truncate_prompt_tokens` tokens; -1 is what the context leaves.
+
+        Raises:
+            ApiError: 400 for any other number.
+        """
+        keep = body.truncate_prompt_tokens
+        if keep is None:
+            return tuple(ids)
+        if keep == -1:
+            wanted = body.max_completion_tokens or body.max_tokens or 1
+            keep = max(self.engine.info.max_model_len - wanted, 1)
+        if keep < 1:
+            param = "truncate_prompt_tokens"
+            raise invalid(param, f"{param} must be -1 or at least 1, got {keep}")
+        return tuple(ids[-keep:])
 
     def envelope(self, prefix: str, body: GenerationBody) -> Envelope:
         """Names of a new response; its id begins with `prefix`."""

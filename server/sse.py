@@ -10,7 +10,7 @@ chunks of a response and are encoded once. The contract's fields stand in this o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import from_exception
 from server.generate import Generation, Piece, Usage
+from server.logprobs import Detail, Wording
 from server.receipt import RequestReceipt
 
 logger = logging.getLogger("quire.server")
@@ -91,54 +92,81 @@ class _Frame:
         return b'%b],"usage":%b,"quire":%b}\n\n' % values
 
 
-def _ending(piece: Piece) -> bytes:
-    ending = b'"logprobs":null,"finish_reason":' + _json(piece.finish_reason)
+_NO_DETAIL = b'"logprobs":null'
+
+
+def _ending(piece: Piece, detail: bytes = _NO_DETAIL) -> bytes:
+    ending = detail + b',"finish_reason":' + _json(piece.finish_reason)
     if piece.finish_reason is not None:
         ending += b',"stop_reason":' + _json(piece.stop_reason)
     return ending
 
 
 class ChatChunks:
-    """role chunk, content chunks, a chunk with an empty delta and the finish reason."""
+    """role chunk, content chunks, a chunk with an empty delta and the finish reason.
 
-    def __init__(self, envelope: Envelope) -> None:
+    Args:
+        echo: text that every answer repeats first.
+        prompt_token_ids: told with the role, if asked for.
+    """
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        wording: Wording,
+        echo: str = "",
+        prompt_token_ids: Sequence[int] | None = None,
+    ) -> None:
         self._frame = _Frame(envelope, "chat.completion.chunk")
+        self._wording, self._echo = wording, echo
+        self._role_detail = Detail(prompt_token_ids=prompt_token_ids)
         self.usage = self._frame.usage
 
     def opening(self, index: int, usage: bytes) -> bytes:
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self._frame.choice(index, delta, usage)
+        delta = b'"delta":{"role":"assistant","content":""},%b,"finish_reason":null'
+        role = self._frame.choice(index, delta % self._told(self._role_detail), usage)
+        return role + self.piece(Piece(index, self._echo), usage)
 
     def piece(self, piece: Piece, usage: bytes) -> bytes:
         chunks = b""
-        if piece.text:
-            delta = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null'
-            chunks = self._frame.choice(piece.index, delta % _json(piece.text), usage)
+        detail = piece.detail
+        if piece.text or (detail is not None and not detail.empty):
+            delta = b'"delta":{"content":%b},%b,"finish_reason":null'
+            told = _NO_DETAIL if detail is None else self._told(detail)
+            chunks = self._frame.choice(piece.index, delta % (_json(piece.text), told), usage)
         if piece.finish_reason is not None:
             chunks += self._frame.choice(piece.index, b'"delta":{},' + _ending(piece), usage)
         return chunks
+
+    def _told(self, detail: Detail) -> bytes:
+        return _json(self._wording.chat(detail))[1:-1]
 
 
 class CompletionChunks:
     """Text chunks; the last of an answer has the finish reason.
 
-    `echoes`: the text of each prompt, which opens its n answers; empty without echo.
+    `echo`: gives what an answer begins with, text "" without echo.
     """
 
-    def __init__(self, envelope: Envelope, echoes: list[str], n: int) -> None:
+    def __init__(self, envelope: Envelope, wording: Wording, echo: Callable[[int], Piece]) -> None:
         self._frame = _Frame(envelope, "text_completion")
-        self._echoes, self._n = echoes, n
+        self._wording, self._echo = wording, echo
+        self._starts: dict[int, int] = {}  # index -> length of its echo
         self.usage = self._frame.usage
 
     def opening(self, index: int, usage: bytes) -> bytes:
-        if not self._echoes:
-            return b""
-        return self.piece(Piece(index, self._echoes[index // self._n]), usage)
+        piece = self._echo(index)
+        chunk = self.piece(piece, usage) if piece.text or piece.detail else b""
+        self._starts[index] = len(piece.text)
+        return chunk
 
     def piece(self, piece: Piece, usage: bytes) -> bytes:
-        return self._frame.choice(
-            piece.index, b'"text":%b,%b' % (_json(piece.text), _ending(piece)), usage
-        )
+        if piece.detail is None:
+            ending = _ending(piece)
+        else:
+            detail = piece.detail.moved(self._starts.get(piece.index, 0))
+            ending = _ending(piece, _json(self._wording.completion(detail))[1:-1])
+        return self._frame.choice(piece.index, b'"text":%b,%b' % (_json(piece.text), ending), usage)
 
 
 async def events(
@@ -148,7 +176,8 @@ async def events(
 
     An error before the first item is raised, to become a real status; a later one is sent.
     """
-    opened = started = False
+    started = False
+    unopened = set(range(generation.count))
 
     def usage_field() -> bytes:
         if options.in_every_chunk:
@@ -159,10 +188,12 @@ async def events(
         async with generation, aclosing(generation.batches()) as batches:
             async for pieces in batches:
                 usage = usage_field()
-                write = [chunks.piece(piece, usage) for piece in pieces] or [KEEP_ALIVE]
-                if pieces and not opened:
-                    opened = True
-                    write[:0] = [chunks.opening(i, usage) for i in range(generation.count)]
+                write = []
+                if unopened:
+                    new = unopened.intersection(piece.index for piece in pieces)
+                    unopened -= new
+                    write = [chunks.opening(index, usage) for index in sorted(new)]
+                write += [chunks.piece(piece, usage) for piece in pieces] or [KEEP_ALIVE]
                 started = True
                 yield b"".join(write)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -11,6 +12,7 @@ from starlette.responses import Response
 
 from server.errors import invalid
 from server.fields import UNSUPPORTED_IN_MESSAGE, check_extra
+from server.logprobs import of_prompt
 from server.schemas import ChatBody
 from server.service import Prompt, Service, usage_options
 from server.sse import ChatChunks, EventStream, events
@@ -29,32 +31,47 @@ def router(service: Service) -> APIRouter:
         sampling = service.sampling(body)
         ids = await asyncio.to_thread(prompt_ids, service, body)
         request = service.request(http, envelope.id, Prompt(ids), sampling, body, "messages")
+        echo, wording = echoed(body), service.wording(body)
         generation = service.generation(http, body, [request], continues=False)
         if body.stream:
-            chunks = ChatChunks(envelope)
+            told_ids = ids if body.return_token_ids else None
+            chunks = ChatChunks(envelope, wording, echo, told_ids)
             return EventStream(events(generation, chunks, usage_options(body)), headers)
         async with generation:
             answers = await generation.whole()
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": None,
+                "message": {"role": "assistant", "content": echo + answer.text, "refusal": None},
+                **wording.chat(answer.detail),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
             }
             for index, answer in enumerate(answers)
         ]
-        whole = {
+        whole: dict[str, Any] = {
             **envelope.fields("chat.completion"),
             "choices": choices,
             "usage": generation.usage.fields(),
             "quire": generation.receipt.fields(),
         }
+        if body.return_token_ids:
+            whole["prompt_token_ids"] = ids
+        if body.prompt_logprobs is not None:
+            push = service.text.detokenizer().push
+            entries = of_prompt(ids, generation.prompt_scores(0), push)
+            whole["prompt_logprobs"] = wording.prompt(entries)
         headers["server-timing"] = generation.receipt.server_timing()
         return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
 
     return routes
+
+
+def echoed(body: ChatBody) -> str:
+    """The text of the message that the answer goes on with, where it is to be repeated."""
+    if not (body.echo and body.continue_final_message):
+        return ""
+    return body.messages[-1].for_template()["content"]
 
 
 def check_messages(body: ChatBody) -> list[str]:
@@ -63,6 +80,8 @@ def check_messages(body: ChatBody) -> list[str]:
     Raises:
         ApiError: 400 for messages that cannot be rendered.
     """
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
     if not body.messages:
         raise invalid("messages", "messages must have at least 1 message, got 0")
     if body.continue_final_message:
@@ -101,4 +120,5 @@ def prompt_ids(service: Service, body: ChatBody) -> tuple[int, ...]:
         )
     except TemplateError as error:
         raise invalid("messages", str(error)) from None
-    return tuple(service.text.encode([text], add_special_tokens=bool(body.add_special_tokens))[0])
+    ids = service.text.encode([text], add_special_tokens=bool(body.add_special_tokens))[0]
+    return service.truncated(ids, body)

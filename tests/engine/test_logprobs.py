@@ -48,12 +48,7 @@ def deltas(loop: EngineLoop, requests: list[Request]) -> list[TokenDelta]:
 
 
 def join(parts: list[Scores | None]) -> Scores:
-    whole = Scores([], [], [], [])
-    for part in parts:
-        if part is not None:
-            for name in whole.__struct_fields__:
-                getattr(whole, name).extend(getattr(part, name))
-    return whole
+    return Scores.join(part for part in parts if part is not None)
 
 
 def check(scores: Scores, rows: torch.Tensor, tokens: list[int], most: int) -> None:

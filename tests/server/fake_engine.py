@@ -15,6 +15,7 @@ from engine.protocol import (
     EngineStats,
     Inspection,
     Receipt,
+    Scores,
     TokenDelta,
     TraceView,
 )
@@ -39,6 +40,25 @@ INFO = EngineInfo(
 )
 
 
+def fake_scores(tokens: Sequence[int], most: int) -> Scores:
+    """A token's log-probability is minus a tenth of its id; the likeliest are those from id 1."""
+    top = range(1, most + 1)
+    return Scores(
+        [token / -10 for token in tokens],
+        list(tokens),
+        [list(top)] * len(tokens),
+        [[token / -10 for token in top]] * len(tokens),
+    )
+
+
+def fake_prompt_scores(request: Request) -> list[Scores]:
+    """Those of a prompt, in two parts as from two steps."""
+    asked, following = request.sampling.prompt_logprobs, request.prompt_ids[1:]
+    if asked is None:
+        return []
+    return [fake_scores(part, asked) for part in (following[:2], following[2:]) if part]
+
+
 @dataclass
 class FakeEngine:
     """Implements `engine.client.EngineClient`.
@@ -55,7 +75,7 @@ class FakeEngine:
         view, problem: what `inspect` answers.
         steps: what `trace` answers.
         explanation: what `explain` answers.
-        submitted, explained, aborted, finished: what happened, in order.
+        submitted, explained, aborted, aborted_answers, finished: what happened, in order.
     """
 
     say: Callable[[Request, int], Sequence[int]]
@@ -78,6 +98,7 @@ class FakeEngine:
     submitted: list[Request] = field(default_factory=list)
     explained: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    aborted_answers: list[tuple[str, int]] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 
     async def submit(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
@@ -98,6 +119,8 @@ class FakeEngine:
         made = dict.fromkeys(left, 0)
         steps = 0
         try:
+            for scores in fake_prompt_scores(request):
+                yield TokenDelta(request.id, 0, [], prompt_scores=scores)
             while left:
                 await asyncio.sleep(self.step_seconds)
                 if request.id in self.aborted:
@@ -110,7 +133,11 @@ class FakeEngine:
                     raise RequestFailed("a kernel failed")
                 steps += 1
                 for index in list(left):
-                    yield self._step(request, index, left, made)
+                    if (request.id, index) in self.aborted_answers:
+                        del left[index]
+                        yield self._ended(TokenDelta(request.id, index, [], "abort"))
+                    else:
+                        yield self._step(request, index, left, made)
         finally:
             if not left:
                 self.finished.append(request.id)
@@ -138,7 +165,11 @@ class FakeEngine:
             tokens, reason = [*tokens, self.info.eos_token_ids[0]], "stop"
         if reason is not None:
             del left[index]
-        delta = TokenDelta(request.id, index, tokens, reason, stop_reason, self.cached_tokens)
+        asked = request.sampling.logprobs
+        scores = None if asked is None else fake_scores(tokens, asked)
+        delta = TokenDelta(
+            request.id, index, tokens, reason, stop_reason, self.cached_tokens, scores=scores
+        )
         return self._ended(delta) if reason else delta
 
     def _ended(self, delta: TokenDelta) -> TokenDelta:
@@ -148,8 +179,11 @@ class FakeEngine:
     def listen(self, listener: Callable[[Receipt], None]) -> None:
         self.listener = listener
 
-    def abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if index is None:
+            self.aborted.append(request_id)
+        else:
+            self.aborted_answers.append((request_id, index))
 
     def stats(self) -> EngineStats:
         return self.snapshot

@@ -82,7 +82,7 @@ class TickingEngine:
                 if last:
                     del self.streams[stream.request.id]
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
         self.streams.pop(request_id, None)
 
     def stats(self) -> EngineStats:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +50,18 @@ def whole(body: dict[str, Any]) -> dict[int, tuple[str, Any, Any]]:
     }
 
 
+def details(bodies: list[dict[str, Any]]) -> dict[int, dict[str, list[Any]]]:
+    """What is told beside the text, by index: every list of `logprobs` and `token_ids`, joined over
+    the chunks."""
+    found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for body in bodies:
+        for choice in body["choices"]:
+            lists = {**(choice["logprobs"] or {}), "token_ids": choice.get("token_ids")}
+            for name, values in lists.items():
+                found[choice["index"]][name] += values or []
+    return {index: {k: v for k, v in lists.items() if v} for index, lists in found.items()}
+
+
 answers = st.lists(st.text("ab🙂é \n", max_size=20), min_size=1, max_size=3)
 
 
@@ -63,25 +77,44 @@ answers = st.lists(st.text("ab🙂é \n", max_size=20), min_size=1, max_size=3)
             "include_stop_str_in_output": st.booleans(),
             "max_tokens": st.integers(1, 12),
             "stop_token_ids": st.just(ids_of("a")),
+            "min_tokens": st.integers(0, 1),
+            "return_token_ids": st.booleans(),
         },
     ),
+    logprobs=st.sampled_from([None, 0, 2]),
+    echo=st.booleans(),
 )
 def test_stream_equals_whole(
-    texts: list[str], n: int, per_step: int, options: dict[str, Any]
+    texts: list[str],
+    n: int,
+    per_step: int,
+    options: dict[str, Any],
+    logprobs: int | None,
+    echo: bool,
 ) -> None:
     def say(request: Request, index: int) -> list[int]:
         return ids_of(texts[(len(request.prompt_ids) + index) % len(texts)])
 
     front = door(FakeEngine(say, per_step=per_step))
-    fields = {"n": n, "prompt": ["x", "y hello", "z z z"], **options}
-    answer, events = front.complete(**fields).json(), chunks(front.complete(**fields, **USAGE))
+    prompts = {"prompt": ["x", "y 🙂", "z z z"], "logprobs": logprobs, "echo": echo}
+    check_stream(front.complete, {"n": n, **options, **prompts}, 3 * n)
+    told = {} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs}
+    check_stream(front.chat, {"n": n, **options, **told}, n)
+
+
+def check_stream(ask: Callable[..., httpx.Response], fields: dict[str, Any], choices: int) -> None:
+    """One request, whole and streamed: text, ends, usage, log-probabilities and ids are the same,
+    and the tokens told of a chat spell its text."""
+    answer, events = ask(**fields).json(), chunks(ask(**fields, **USAGE))
     assert fold(events) == whole(answer)
-    assert len(whole(answer)) == 3 * n
+    assert len(whole(answer)) == choices
     assert events[-1]["usage"] == answer["usage"]
-    fields.pop("prompt")
-    answer, events = front.chat(**fields).json(), chunks(front.chat(**fields, **USAGE))
-    assert fold(events) == whole(answer)
-    assert events[-1]["usage"] == answer["usage"]
+    assert details(events) == details([answer])
+    for index, (text, *_) in whole(answer).items():
+        if fields.get("logprobs") is True:
+            told = details([answer])[index].get("content", [])
+            raw = b"".join(bytes(entry["bytes"]) for entry in told)
+            assert raw.decode(errors="replace").startswith(text)
 
 
 def test_usage_tells_what_was_found_cached() -> None:
@@ -241,6 +274,44 @@ def test_sampling_fields_reach_the_engine() -> None:
     assert request.sampling.ignore_eos
 
 
+def test_sampling_rules_reach_the_engine() -> None:
+    engine = says("x")
+    sent = {
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "min_tokens": 3,
+    }
+    door(engine).complete(**sent, logit_bias={"5": 1, "0007": -100})
+    request = engine.submitted[0]
+    assert {name: getattr(request.sampling, name) for name in sent} == sent
+    assert request.sampling.logit_bias == {5: 1, 7: -100}
+    assert request.sampling.logprobs is request.sampling.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(None, 40), (99, 40), (3, 3), (-1, 40)])
+def test_truncated_prompts(keep: int | None, kept: int) -> None:
+    engine = says("x")
+    ids = list(range(1, 41))
+    body = door(engine).complete(prompt=ids, truncate_prompt_tokens=keep).json()
+    assert engine.submitted[0].prompt_ids == tuple(ids[-kept:])
+    assert body["usage"]["prompt_tokens"] == kept
+
+
+def test_what_the_context_leaves_of_a_prompt() -> None:
+    engine = says("x")
+    front = door(engine)
+    assert front.complete(prompt=[5] * 300, truncate_prompt_tokens=-1, max_tokens=6).is_success
+    assert len(engine.submitted[0].prompt_ids) == 250
+
+
+def test_min_tokens_keep_stop_strings_out() -> None:
+    tokens = len(ids_of("hello "))
+    for least, text in ((0, "hello "), (tokens + len(ids_of("world ")), "hello world again ")):
+        answer = door(says("hello world again world")).chat(stop="world", min_tokens=least)
+        assert whole(answer.json()) == {0: (text, "stop", "world")}
+
+
 def test_defaults() -> None:
     """What guidellm sends, nulls included, means the defaults; seeds are drawn per request."""
     engine = says("x")
@@ -268,12 +339,15 @@ def test_stop_string_ends_the_computing(stream: bool) -> None:
 
 
 def test_one_stopped_answer_does_not_stop_the_others() -> None:
+    """The engine stops computing that one at once."""
+
     def say(request: Request, index: int) -> list[int]:
         return ids_of(["hello STOP not", "z" * 20][index])
 
     engine = FakeEngine(say)
     body = door(engine).chat(stop=["STOP"], n=2).json()
     assert whole(body) == {0: ("hello ", "stop", "STOP"), 1: ("z" * 20, "stop", None)}
+    assert engine.aborted_answers == [(engine.submitted[0].id, 0)]
     assert not engine.aborted
     counted = len(ids_of("hello STOP")) + len(ids_of("z" * 20)) + 1
     assert body["usage"]["completion_tokens"] == counted

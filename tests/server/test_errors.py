@@ -66,6 +66,22 @@ CHAT_CASES = [
     ({"stop_token_ids": [1000]}, "stop_token_ids.0", "between 0 and 999", "1000"),
     ({"stop_token_ids": [10**30]}, "stop_token_ids.0"),
     ({"stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128", "129"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "between -2 and 2", "2.1"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "between -2 and 2", "-3"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "above 0 and at most 2", "0"),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "token ids", "'a'"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "between -100 and 100", "101"),
+    ({"logit_bias": {"1000": 1}}, "logit_bias.1000", "between 0 and 999", "1000"),
+    ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "logit_bias", "at most 300", "301"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias.5", "number", "'x'"),
+    ({"logit_bias": [5]}, "logit_bias", "dict"),
+    ({"min_tokens": -1}, "min_tokens", "0 or more", "-1"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "at most the 8 of max_tokens", "9"),
+    ({"logprobs": 1}, "logprobs", "boolean", "1"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20", "21"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20", "21"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
     ({"stream": "yes"}, "stream", "boolean", "'yes'"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
@@ -101,7 +117,11 @@ COMPLETION_CASES = [
     ({"prompt": [-1]}, "prompt", "-1"),
     ({"prompt": [[1], [10**30]]}, "prompt.1", str(10**30), "999"),
     ({"echo": 1}, "echo", "boolean"),
-    ({"max_tokens": 0, "echo": True}, "max_tokens", "at least 1"),
+    ({"max_tokens": -1, "echo": True}, "max_tokens", "at least 0", "-1"),
+    ({"logprobs": 21}, "logprobs", "between 0 and 20", "21"),
+    ({"logprobs": True}, "logprobs", "integer", "True"),
+    ({"logprobs": -1, "echo": True}, "logprobs", "between 0 and 20", "-1"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1 or at least 1", "0"),
 ]
 
 
@@ -129,26 +149,16 @@ NOT_SERVED: dict[str, Any] = {
     "best_of": 3,
     "chat_template": "{{ 1 }}",
     "chat_template_kwargs": {"a": 1},
-    "frequency_penalty": 0.5,
     "function_call": "auto",
     "functions": [{"name": "f"}],
     "guided_json": {},
     "guided_regex": "a*",
-    "logit_bias": {"5": 1},
-    "logprobs": True,
-    "min_tokens": 1,
-    "presence_penalty": -0.5,
     "priority": 1,
-    "prompt_logprobs": 0,
-    "repetition_penalty": 1.1,
     "response_format": {"type": "json_object"},
-    "return_token_ids": True,
     "structured_outputs": {"regex": "a"},
     "suffix": "end",
     "tool_choice": "auto",
     "tools": [{"type": "function"}],
-    "top_logprobs": 2,
-    "truncate_prompt_tokens": 5,
 }
 
 
@@ -157,10 +167,6 @@ def test_what_is_not_served_is_refused_by_name(front: Door, field: str) -> None:
     value = {field: NOT_SERVED[field]}
     for response in (front.chat(**value), front.complete(**value)):
         check(response, 400, "unsupported_parameter", field, field)
-
-
-def test_completion_logprobs_zero_asks_for_something(front: Door) -> None:
-    check(front.complete(logprobs=0), 400, "unsupported_parameter", "logprobs")
 
 
 def test_tool_calls_in_messages(front: Door) -> None:
