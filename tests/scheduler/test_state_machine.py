@@ -82,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
         self.scores: dict[tuple[str, int], list[float]] = {}
+        self.counts: dict[Sequence, int] = {}  # tokens of each one's latest step
 
     @rule(
         shared=st.integers(0, 40),
@@ -130,6 +131,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = scheduler.schedule()
         assert plan.num_tokens <= scheduler.max_num_batched_tokens
         assert not idle or not plan.scheduled
+        slots = {seq.slot: seq for seq in scheduler.running}
+        self.counts |= {slots[item.slot]: item.count for item in plan.scheduled}
         self.gave_way_in_turn(before)
         self.in_flight.append(self.device.run(plan))
 
@@ -182,12 +185,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.windows_hold_little()
 
     def windows_hold_little(self) -> None:
-        """A sequence that decodes holds at most its window and two blocks in a sliding group."""
+        """Between two steps a sequence holds less than its window and two blocks in a sliding
+        group, and while it reads its prompt, the further tokens of its last chunk."""
         cache = self.scheduler.cache
         for seq in self.scheduler.running:
             for window, table in zip(cache.windows, seq.blocks.tables, strict=True):
-                if window and seq.num_generated > 1 and not seq.num_preemptions:
-                    assert len(table.held) <= cache.blocks_for(window) + 2
+                held = len(table.held) * cache.block_size
+                limit = window + self.counts[seq] - 1 + 2 * cache.block_size
+                assert not window or held < limit
 
     def teardown(self) -> None:
         """Everything admitted finishes, with the tokens that it would have had alone."""
