@@ -177,6 +177,14 @@ class CacheSettings(Section):
         Count | None,
         Field(description="KV blocks in the pool, whatever the memory; on any device"),
     ] = None
+    host_kv_bytes: Annotated[
+        Bytes | None,
+        Field(
+            gt=0,
+            description="Host memory for KV blocks that the pool gives up, such as `8GiB`: they "
+            "come back from there without being computed again. Default: none",
+        ),
+    ] = None
 
 
 class SchedulingSettings(Section):
@@ -197,6 +205,13 @@ class SchedulingSettings(Section):
         float,
         Field(ge=0, lt=1, description="Share of the KV blocks that an admission leaves free"),
     ] = 0.01
+    preemption: Annotated[
+        Literal["recompute", "swap", "auto"],
+        Field(
+            description="KV blocks of a request that gives way are computed again, moved to host "
+            "memory and back (needs `host_kv_bytes`), or whichever is estimated to be cheaper"
+        ),
+    ] = "auto"
 
     @model_validator(mode="after")
     def _every_sequence_gets_a_token(self) -> SchedulingSettings:
@@ -292,6 +307,12 @@ class Settings(BaseSettings):
     lifetime: LifetimeSettings = LifetimeSettings()
     limits: LimitSettings = LimitSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
+
+    @model_validator(mode="after")
+    def _swaps_have_somewhere_to_go(self) -> Settings:
+        if self.scheduling.preemption == "swap" and self.cache.host_kv_bytes is None:
+            raise ValueError("preemption swap needs host_kv_bytes")
+        return self
 
     @classmethod
     def settings_customise_sources(  # only what `read` hands over: `Settings()` is the defaults

@@ -13,7 +13,7 @@ import torch
 
 from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
 from engine.loop import EngineLoop
-from engine.memory import available_bytes
+from engine.memory import available_bytes, available_host_bytes
 from engine.protocol import EngineInfo
 from engine.runner import Runner
 from engine.step_trace import StepTrace
@@ -21,10 +21,13 @@ from kernels import dispatch
 from models import loader, registry
 from models.config import CheckpointError, ModelConfig
 from models.decoder import CausalLM
+from paged_cache.host_pages import STAGED_BYTES, HostPages
+from paged_cache.host_tier import HostTier
 from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
 from scheduler.plan import Admitted, ScheduledSeq, StepPlan
+from scheduler.preemption import Preemption, PreemptionMode
 from scheduler.request import MAX_LOGPROBS, SamplingParams
 from scheduler.scheduler import Scheduler
 
@@ -110,20 +113,23 @@ def assemble(
     )
     layout = replace(layout, num_blocks=_num_blocks(settings, model, layout, limits, device))
     limits = _fit_context(limits, layout, settings.model.max_model_len)
-    runner = _runner(model, layout, backend, limits, device)
+    host_blocks = _host_blocks(settings.cache.host_kv_bytes, layout)
+    runner = _runner(model, layout, backend, limits, device, host_blocks)
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
     report("warm-up", 0, 1, "first steps")
     _warm_up(runner, limits)
     report("warm-up", 1, 1, "first steps")
     keep = settings.observability.trace_steps
     trace = StepTrace(keep, limits.max_num_seqs) if keep else None
+    prefix_cache = settings.cache.enable_prefix_caching
     scheduler = Scheduler(
         KVCacheManager(
             BlockPool(layout.num_blocks),
             layout.block_size,
             layout.windows,
-            prefix_cache=settings.cache.enable_prefix_caching,
+            prefix_cache=prefix_cache,
             isolate_tenants=settings.cache.isolate_prefix_cache,
+            host=HostTier(host_blocks, keep=prefix_cache),
         ),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
@@ -131,12 +137,26 @@ def assemble(
         watermark=math.ceil(settings.scheduling.admission_watermark * layout.num_blocks),
         reserve=settings.scheduling.admission == "reserve",
         journal=trace,
+        preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )
-    return EngineLoop(scheduler, runner, _info(path, model, layout, limits, device), trace)
+    info = _info(path, model, layout, limits, device, host_blocks)
+    return EngineLoop(scheduler, runner, info, trace)
+
+
+def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) -> Preemption:
+    if host is None:
+        return Preemption()
+    host.probe()
+    return Preemption(mode, layout.bytes_per_block, host.copying)
 
 
 def _info(
-    path: Path, model: CausalLM, layout: KVLayout, limits: Limits, device: torch.device
+    path: Path,
+    model: CausalLM,
+    layout: KVLayout,
+    limits: Limits,
+    device: torch.device,
+    host_blocks: int,
 ) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return EngineInfo(
@@ -153,6 +173,7 @@ def _info(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         kv_bytes_per_token=layout.bytes_per_token,
         weight_bytes=weight_bytes(model.config, model.embed.weight.dtype),
+        num_host_blocks=host_blocks,
     )
 
 
@@ -249,6 +270,8 @@ def _num_blocks(
         pool = cache.kv_cache_memory_bytes
     elif device.type == "cuda":
         pool = _free_after_profile(model, layout, limits, cache.gpu_memory_utilization, device)
+        if cache.host_kv_bytes is not None:
+            pool -= 2 * STAGED_BYTES
     else:
         pool = CPU_KV_CACHE_BYTES
     per_sequence = most_blocks(
@@ -263,6 +286,25 @@ def _num_blocks(
             "--gpu-memory-utilization, or lower --max-num-batched-tokens"
         )
     _require_pool_fits(blocks * layout.bytes_per_block, device)
+    return blocks
+
+
+def _host_blocks(num_bytes: int | None, layout: KVLayout) -> int:
+    """How many KV blocks the tier in host memory gets."""
+    if num_bytes is None:
+        return 0
+    blocks = layout.blocks_in(num_bytes)
+    if blocks < 1:
+        raise StartError(
+            "--host-kv-bytes must hold at least one KV block of "
+            f"{format_bytes(layout.bytes_per_block)}, got {format_bytes(num_bytes)}"
+        )
+    free = available_host_bytes()
+    if num_bytes > free:
+        raise StartError(
+            f"--host-kv-bytes {format_bytes(num_bytes)}, but only {format_bytes(free)} of host "
+            "memory are free"
+        )
     return blocks
 
 
@@ -299,6 +341,7 @@ def _runner(
     backend: dispatch.Backend,
     limits: Limits,
     device: torch.device,
+    num_host_blocks: int = 0,
 ) -> Runner:
     return Runner(
         model,
@@ -307,6 +350,7 @@ def _runner(
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         device=device,
+        num_host_blocks=num_host_blocks,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -134,16 +135,21 @@ class EngineLoop:
         plan = self.scheduler.schedule()
         if self._trace:
             self._trace.planned(plan, self.scheduler)
-        if not plan.scheduled:
+        if plan.empty:
             self.scheduler.commit(StepResult(plan.id, []))
             return
         self.progress += 1
+        began = time.perf_counter()
         try:
             result = self.runner.run(plan)
         except Exception as error:
             logger.exception("step %d failed", plan.id)
             self._fail(plan, error)
             return
+        if plan.num_tokens > len(plan.scheduled):  # it read prompts
+            self.scheduler.preemption.computing.observe(
+                plan.num_tokens, time.perf_counter() - began
+            )
         self._failed_in_a_row = 0
         self._steps += 1
         self._tell(self.scheduler.commit(result))
@@ -189,12 +195,14 @@ class EngineLoop:
                 scheduler.check()
             except AssertionError as error:
                 problem = str(error) or "an invariant does not hold"
-        pool = scheduler.cache.pool
+        pool, host = scheduler.cache.pool, scheduler.cache.tiers.host
         view = CacheView(
             block_size=scheduler.cache.block_size,
             windows=list(scheduler.cache.windows),
             states=bytes(pool.states),
             tags=bytes(pool.tags),
+            host_blocks=host.num_slots,
+            host_blocks_used=host.num_used,
             sequences=[_view(seq) for seq in [*scheduler.running, *scheduler.waiting]],
         )
         return Inspection(message.id, view, problem)
@@ -202,7 +210,7 @@ class EngineLoop:
     def collect(self) -> StepOutput:
         """All that was said since the last call, with a fresh snapshot."""
         output, scheduler = self._output, self.scheduler
-        pool = scheduler.cache.pool
+        pool, tiers = scheduler.cache.pool, scheduler.cache.tiers
         stats = EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -214,6 +222,11 @@ class EngineLoop:
             prefix_hits=scheduler.prefix.hits,
             prefix_recovered=scheduler.prefix.recovered,
             preemptions=scheduler.num_preemptions,
+            preemptions_swap=scheduler.preemption.num_swapped,
+            preemptions_recompute=scheduler.preemption.num_recomputed,
+            host_blocks_total=tiers.host.num_slots,
+            host_blocks_used=tiers.host.num_used,
+            host_hits=tiers.host_hits,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
@@ -250,5 +263,6 @@ def _view(seq: Sequence) -> SequenceView:
         tokens=len(seq.tokens),
         computed=seq.num_computed,
         preemptions=seq.num_preemptions,
+        swaps=seq.num_swaps,
         tables=[table.blocks for table in seq.blocks.tables],
     )

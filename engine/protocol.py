@@ -81,6 +81,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         max_model_len: longest prompt + answer, in tokens.
         eos_token_ids: ids at which answers stop.
         num_blocks: KV blocks in the pool; num_blocks * block_size tokens fit at once.
+        num_host_blocks: KV blocks in the tier in host memory.
         kv_bytes_per_token: bytes of K and V of one token over all layers.
         weight_bytes: bytes of the loaded weights.
     """
@@ -98,6 +99,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     kv_bytes_per_token: int
     weight_bytes: int
+    num_host_blocks: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -108,6 +110,9 @@ class EngineStats(msgspec.Struct, frozen=True):
         blocks_cached: free, but with content that can be found again.
         prefix_queries, prefix_hits: prompt tokens looked up and found.
         prefix_recovered: tokens found again after a preemption, counted apart.
+        preemptions_swap, preemptions_recompute: by what became of the blocks.
+        host_blocks_total, host_blocks_used: of the tier in host memory.
+        host_hits: tokens whose blocks came back from host memory.
     """
 
     running: int = 0
@@ -120,6 +125,11 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_hits: int = 0
     prefix_recovered: int = 0
     preemptions: int = 0
+    preemptions_swap: int = 0
+    preemptions_recompute: int = 0
+    host_blocks_total: int = 0
+    host_blocks_used: int = 0
+    host_hits: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -194,7 +204,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class SequenceView(msgspec.Struct, frozen=True):
-    """One live sequence. `tables` are block ids per KV group; -1 is behind the window."""
+    """One live sequence. `tables` are block ids per KV group; -1 is behind the window. At `swaps`
+    of its `preemptions` its blocks moved to host memory."""
 
     request_id: str
     index: int
@@ -203,6 +214,7 @@ class SequenceView(msgspec.Struct, frozen=True):
     computed: int
     preemptions: int
     tables: list[list[int]]
+    swaps: int = 0
 
 
 class CacheView(msgspec.Struct, frozen=True):
@@ -213,6 +225,7 @@ class CacheView(msgspec.Struct, frozen=True):
         tags: four bytes per block: the beginning of the hash it is found by, zeros without one.
         windows: per KV group, 0 for full attention.
         sequences: running ones, then waiting ones.
+        host_blocks, host_blocks_used: of the tier in host memory.
     """
 
     block_size: int
@@ -220,6 +233,8 @@ class CacheView(msgspec.Struct, frozen=True):
     states: bytes
     tags: bytes
     sequences: list[SequenceView]
+    host_blocks: int = 0
+    host_blocks_used: int = 0
 
 
 class Inspection(msgspec.Struct, frozen=True, tag=True):

@@ -16,14 +16,19 @@ from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
 from kernels.pages import Pages, QuantizedPages
 from models.decoder import CausalLM
+from paged_cache.block_copy import BlockCopy
+from paged_cache.host_pages import host_pages
 from paged_cache.layout import KVLayout
-from paged_cache.manager import BlockCopy
 from paged_cache.storage import KVStorage
 from scheduler.plan import Scores, StepPlan, StepResult
 
 
 class Runner:
-    """A model, its KV pages, and the per-slot state."""
+    """A model, its KV pages, and the per-slot state.
+
+    Attributes:
+        host: KV pages in host memory, where there are any.
+    """
 
     def __init__(
         self,
@@ -34,9 +39,11 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        num_host_blocks: int = 0,
     ) -> None:
         self.model = model
         self.storage = KVStorage(layout, device)
+        self.host = host_pages(self.storage, num_host_blocks, backend) if num_host_blocks else None
         self.state = SlotState(
             max_num_seqs,
             max_model_len,
@@ -56,6 +63,8 @@ class Runner:
         self.state.apply(plan)
         if plan.copies:
             self._copy(plan.copies)
+        if not plan.scheduled:
+            return StepResult(plan.id, [])
         inputs = self.inputs.build(plan)
         hidden = self.model(inputs.token_ids, inputs.context)
         prompt_scores = self._score_prompts(plan, hidden)
@@ -65,10 +74,15 @@ class Runner:
         return StepResult(plan.id, tokens, scores, prompt_scores)
 
     def _copy(self, copies: list[BlockCopy]) -> None:
-        """All copies of a step at once; no block is both read and written."""
-        source = self.state.to_device([copy.src for copy in copies], torch.int64)
-        target = self.state.to_device([copy.dst for copy in copies], torch.int64)
-        self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
+        """All copies of a kind at once, in the order of the kinds (`StepPlan`)."""
+        if self.host is not None:
+            self.host.to_host([copy for copy in copies if copy.kind == "to_host"])
+            self.host.to_device([copy for copy in copies if copy.kind == "to_device"])
+        cow = [copy for copy in copies if copy.kind == "cow"]
+        if cow:
+            source = self.state.to_device([copy.src for copy in cow], torch.int64)
+            target = self.state.to_device([copy.dst for copy in cow], torch.int64)
+            self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[list[int], list[Scores | None]]:
         if inputs.sampled_rows.shape[0] != hidden.shape[0]:

@@ -1,6 +1,6 @@
 """Chooses the implementation of the paged-attention ops once, by device.
 
-Triton serves GPUs, Numba CPUs, and plain torch is the oracle. The contract of the four
+Triton serves GPUs, Numba CPUs, and plain torch is the oracle. The contract of the
 callables is documented in `kernels.reference`. Triton and Numba are imported only when chosen:
 neither is needed on a machine that does not use it.
 """
@@ -37,6 +37,8 @@ class Backend:
     paged_decode: Callable[..., Tensor]
     paged_prefill: Callable[..., Tensor]
     copy_blocks: Callable[..., None]
+    gather_blocks: Callable[..., None]
+    scatter_blocks: Callable[..., None]
 
 
 def backend(device: torch.device, name: str | None = None) -> Backend:
@@ -51,7 +53,13 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         )
     store, decode, prefill, copy = map(importlib.import_module, _MODULES[chosen])
     return Backend(
-        chosen, store.store_kv, decode.paged_decode, prefill.paged_prefill, copy.copy_blocks
+        chosen,
+        store.store_kv,
+        decode.paged_decode,
+        prefill.paged_prefill,
+        copy.copy_blocks,
+        copy.gather_blocks,
+        copy.scatter_blocks,
     )
 
 

@@ -153,3 +153,18 @@ def copy_blocks(blocks: Tensor, source: Tensor, target: Tensor) -> None:
     source, target  int64 [copies]; no block is in both
     """
     blocks[:, :, target] = blocks[:, :, source]
+
+
+def gather_blocks(blocks: Tensor, source: Tensor, pieces: Tensor) -> None:
+    """Copies block source[i] to pieces[i], where all layers of a block lie together.
+
+    blocks  [layers, 2, num_blocks, kv_heads, ...], quantized or not
+    source  int64 [copies]
+    pieces  [at least copies, layers, 2, kv_heads, ...]
+    """
+    pieces[: len(source)] = blocks[:, :, source].movedim(2, 0)
+
+
+def scatter_blocks(pieces: Tensor, blocks: Tensor, target: Tensor) -> None:
+    """Copies pieces[i] to block target[i]: the way back of `gather_blocks`."""
+    blocks[:, :, target] = pieces[: len(target)].movedim(0, 2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paged_cache.block_copy import BlockCopy
 from paged_cache.explain import Explanation, Missing, PrefixMemory, missing, reach
+from paged_cache.host_tier import HostBlock, HostTier
 from paged_cache.layout import most_blocks
-from paged_cache.pool import BlockPool
+from paged_cache.pool import BlockPool, Key
 from paged_cache.prefix import KEY_BYTES, PrefixHasher
-from paged_cache.table import GONE, BlockTable, SequenceBlocks
+from paged_cache.table import SequenceBlocks
+from paged_cache.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +24,6 @@ class NewBlocks:
     group: int
     first: int
     blocks: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """The content of block `src` is needed in block `dst` before the step computes."""
-
-    src: int
-    dst: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +46,7 @@ class KVCacheManager:
         windows: per KV group, how many positions its layers see; 0 is all.
         prefix_cache: whether blocks are published and found again.
         isolate_tenants: whether one tenant's blocks are hidden from the others.
+        host: the tier for blocks that the pool gives up; none unless given.
     """
 
     def __init__(
@@ -60,6 +57,7 @@ class KVCacheManager:
         *,
         prefix_cache: bool = True,
         isolate_tenants: bool = False,
+        host: HostTier | None = None,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -70,6 +68,9 @@ class KVCacheManager:
         self._prefix_cache = prefix_cache
         self._isolate_tenants = isolate_tenants
         self.memory = PrefixMemory()
+        self.tiers = Tiers(host or HostTier(0))
+        pool.on_evict = self.tiers.offer
+        self._opened = itertools.count()
         self._full = [g for g, window in enumerate(windows) if not window]
         self._sliding = [g for g, window in enumerate(windows) if window]
 
@@ -93,9 +94,10 @@ class KVCacheManager:
 
     def open(self, salt: str = "", tenant: str = "") -> SequenceBlocks:
         """Empty tables. Sequences with different salts never share blocks by content, nor do those
-        of different tenants where these are isolated."""
+        of different tenants where these are isolated; without a prefix cache no two of them do."""
         owner = self._owner(tenant)
-        root = self._hasher.root(salt, owner)
+        own = () if self._prefix_cache else (str(next(self._opened)),)
+        root = self._hasher.root(salt, owner, *own)
         self.memory.opened(root, owner)
         return SequenceBlocks(len(self.windows), root)
 
@@ -112,10 +114,11 @@ class KVCacheManager:
     ) -> tuple[int, list[NewBlocks]] | None:
         """Fills the empty tables of a sequence that begins (or begins again).
 
-        Blocks that hold a prefix of `tokens` already are shared; the last token is always left to
-        be computed, since its logits are needed, and so is everything from position `reusable` on.
-        Beyond them there will be room for all of `tokens` in full groups and for the first `chunk`
-        tokens to compute in sliding ones, and `spare` blocks are left free.
+        Blocks that hold a prefix of `tokens` already are shared, and content in host memory comes
+        back into blocks of the pool; the last token is always left to be computed, since its logits
+        are needed, and so is everything from position `reusable` on. Beyond them there will be room
+        for all of `tokens` in full groups and for the first `chunk` tokens to compute in sliding
+        ones, and `spare` blocks are left free.
 
         Returns:
             (tokens found, entries of all tables), or None if too few blocks are free.
@@ -125,22 +128,30 @@ class KVCacheManager:
         position = found * self.block_size
         firsts = [self._first_seen(group, position) for group in range(len(self.windows))]
         hits = [
-            [self.pool.block_of((group, digest)) for digest in seq.chain[first:found]]
+            [self._held((group, digest)) for digest in seq.chain[first:found]]
             for group, first in enumerate(firsts)
         ]
+        here = [block for row in hits for block in row if isinstance(block, int)]
+        below = [block for row in hits for block in row if isinstance(block, HostBlock)]
         ends = [
             len(tokens) if not window else min(position + chunk, len(tokens))
             for window in self.windows
         ]
-        missing = sum(self.blocks_for(end) - found for end in ends)
-        revived = sum(not self.pool.refs(block) for blocks in hits for block in blocks)
+        missing = sum(self.blocks_for(end) - found for end in ends) + len(below)
+        revived = sum(not self.pool.refs(block) for block in here)
         if missing + revived + spare > self.pool.num_free:
             return None
-        for table, first, blocks in zip(seq.tables, firsts, hits, strict=True):
-            self._share(table, first, blocks)
+        # Taking a block may evict another, and storing that one may push content out of host
+        # memory: what was found is made safe first.
+        self.pool.share(here)
+        self.tiers.pin(below)
+        self._let_go(seq)
+        for table, first, row in zip(seq.tables, firsts, hits, strict=True):
+            table.fill(first, [self._bring(b) if isinstance(b, HostBlock) else b for b in row])
         self._append(seq, ends)
         seq.published = found
         self.memory.started(seq.root, tokens)
+        self._count_hits(firsts, hits)
         return position, self.entries(seq)
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, position: int) -> bool:
@@ -156,7 +167,10 @@ class KVCacheManager:
             if table.start > first or len(table) < needed:
                 return False
         for mine, theirs, first in zip(child.tables, parent.tables, firsts, strict=True):
-            self._share(mine, first, theirs.blocks[first:needed])
+            shared = theirs.blocks[first:needed]
+            self.pool.share(shared)
+            mine.fill(first, shared)
+        self._let_go(child)
         child.chain = parent.chain[: position // self.block_size]
         child.published = min(parent.published, position // self.block_size)
         return True
@@ -224,6 +238,49 @@ class KVCacheManager:
         for table in seq.tables:
             self.pool.drop(table.clear())
         seq.published = 0
+        self._let_go(seq)
+
+    def swap_out(self, seq: SequenceBlocks, tokens: Sequence[int], num_computed: int) -> bool:
+        """Takes the blocks of a running sequence back and moves the full ones to host memory, where
+        they stay until `start` finds them or `release` gives them up.
+
+        Returns:
+            whether it did; else nothing changed: no block is full, host memory has too little
+            room, or a window has passed by what continuing after the last full block would see.
+        """
+        full = min(num_computed, len(tokens)) // self.block_size
+        firsts = [self._first_seen(g, full * self.block_size) for g in range(len(self.windows))]
+        if not full or any(t.start > f for t, f in zip(seq.tables, firsts, strict=True)):
+            return False
+        self._hasher.extend(seq.root, seq.chain, tokens, full)
+        kept = self.tiers.keep(
+            {
+                (group, seq.chain[place]): table.blocks[place]
+                for group, (table, first) in enumerate(zip(seq.tables, firsts, strict=True))
+                for place in range(first, full)
+            }
+        )
+        if kept is None:
+            return False
+        self.release(seq)
+        seq.kept = kept
+        return True
+
+    def _let_go(self, seq: SequenceBlocks) -> None:
+        self.tiers.unpin(seq.kept)
+        seq.kept = []
+
+    # ------------------------------------------------------------------ a plan's end
+
+    def take_copies(self) -> list[BlockCopy]:
+        """The copies between pool and host memory that the plan made since the last call needs, in
+        the order in which they must happen, before its own."""
+        return self.tiers.take()
+
+    def forget_all(self) -> None:
+        """Nothing in memory is found any more: for when the content of blocks is in doubt."""
+        self.pool.forget_all()
+        self.tiers.forget_all()
 
     # ------------------------------------------------------------------ for people who debug
 
@@ -235,7 +292,7 @@ class KVCacheManager:
             return Explanation(0, [0 for _ in groups], [Missing(0, len(tokens), "off")])
         seq = SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
         found = self._find(seq, tokens, (len(tokens) - 1) // self.block_size)
-        holds, evicted = self.pool.holds, set(self.pool.evicted)
+        holds, evicted = self._holds, set(self.pool.evicted)
 
         def known(digest: bytes) -> bool:
             return any(holds((group, digest)) or (group, digest) in evicted for group in groups)
@@ -259,12 +316,12 @@ class KVCacheManager:
     # ------------------------------------------------------------------ inside
 
     def _find(self, seq: SequenceBlocks, tokens: Sequence[int], found: int) -> int:
-        """Most blocks from the start of `tokens`, up to `found`, whose content the pool has, in
-        every group as far as the next position sees them."""
-        if not self._prefix_cache:
+        """Most blocks from the start of `tokens`, up to `found`, whose content pool or host memory
+        has, in every group as far as the next position sees them."""
+        if not self._prefix_cache and not seq.kept:
             return 0
         self._hasher.extend(seq.root, seq.chain, tokens, found)
-        holds, chain = self.pool.holds, seq.chain
+        holds, chain = self._holds, seq.chain
         for group in self._full:
             cached = 0
             while cached < found and holds((group, chain[cached])):
@@ -283,11 +340,34 @@ class KVCacheManager:
                         break
         return found
 
-    def _share(self, table: BlockTable, first: int, blocks: list[int]) -> None:
-        """Fills an empty table with blocks that others hold or held, from table index `first`."""
-        self.pool.share(blocks)
-        table.append([GONE] * first + blocks)
-        table.start = first
+    def _holds(self, key: Key) -> bool:
+        return self.pool.holds(key) or self.tiers.host.find(key) is not None
+
+    def _held(self, key: Key) -> int | HostBlock:
+        """Where content that is held lies: in a block of the pool rather than below."""
+        if self.pool.holds(key):
+            return self.pool.block_of(key)
+        held = self.tiers.host.find(key)
+        assert held is not None
+        return held
+
+    def _bring(self, held: HostBlock) -> int:
+        """A new block of the pool for content of host memory, which is pinned."""
+        blocks = self.pool.take(1)
+        assert blocks is not None
+        self.tiers.bring(held, blocks[0])
+        if self._prefix_cache:
+            self.pool.publish(blocks[0], held.key)
+        return blocks[0]
+
+    def _count_hits(self, firsts: list[int], hits: list[list[int | HostBlock]]) -> None:
+        places = {
+            place
+            for first, row in zip(firsts, hits, strict=True)
+            for place, block in enumerate(row, first)
+            if isinstance(block, HostBlock)
+        }
+        self.tiers.host_hits += len(places) * self.block_size
 
     def _append(self, seq: SequenceBlocks, ends: list[int]) -> list[NewBlocks]:
         """Lengthens each group's table to hold ends[group] tokens; the caller knows that there are

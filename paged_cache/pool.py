@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 Key = tuple[int, bytes]
 """What a full block holds: its KV group, and the chained hash of all tokens up to its end."""
@@ -31,6 +31,7 @@ class BlockPool:
         num_evicted: blocks whose content was given up for another, since start.
         evicted: the keys of the last num_blocks of them, oldest first.
         num_cached: free blocks whose content can still be found.
+        on_evict: told of a block and its key before the block is given to another.
         states: one byte per block: FREE, CACHED, USED (once) or SHARED. Kept up to date, so that a
             look at the pool is a copy of it.
         tags: TAG_BYTES bytes per block: the beginning of its hash, zeros without one.
@@ -45,6 +46,7 @@ class BlockPool:
         self._block_of: dict[Key, int] = {}
         self.num_evicted = self.num_cached = 0
         self.evicted: deque[Key] = deque(maxlen=num_blocks)
+        self.on_evict: Callable[[int, Key], None] = _ignore
         self.states = bytearray(num_blocks)
         self.tags = bytearray(num_blocks * TAG_BYTES)
 
@@ -73,8 +75,10 @@ class BlockPool:
         for block in blocks:
             self._refs[block] = 1
             self.states[block] = USED
-            if block in self._key_of:
-                self.evicted.append(self._key_of[block])
+            key = self._key_of.get(block)
+            if key is not None:
+                self.on_evict(block, key)
+                self.evicted.append(key)
                 self._forget(block)
                 self.num_cached -= 1
                 self.num_evicted += 1
@@ -156,3 +160,7 @@ class BlockPool:
             known = block in self._key_of
             state = min(refs + 1, SHARED) if refs else (CACHED if known else FREE)
             assert self.states[block] == state, f"block {block}: state {self.states[block]}"
+
+
+def _ignore(_: int, __: Key) -> None:
+    """Nothing lies below."""

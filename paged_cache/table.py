@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from paged_cache.host_tier import HostBlock
+
 GONE = -1  # stands for a block behind the window: it went back to the pool
 
 
@@ -28,6 +30,11 @@ class BlockTable:
     def held(self) -> list[int]:
         """The blocks that are there."""
         return self.blocks[self.start :]
+
+    def fill(self, first: int, blocks: list[int]) -> None:
+        """Gives an empty table its first blocks, from table index `first` on."""
+        self.blocks = [GONE] * first + blocks
+        self.start = first
 
     def append(self, blocks: list[int]) -> None:
         """Adds blocks for the positions that follow."""
@@ -59,15 +66,17 @@ class SequenceBlocks:
         chain: chained hashes of the sequence's full blocks, as far as they were needed.
         root: what the chain starts from: two sequences share blocks only if their roots are equal.
         published: full blocks that can be found by others.
+        kept: blocks that host memory keeps for the sequence until it runs again.
     """
 
-    __slots__ = ("chain", "published", "root", "tables")
+    __slots__ = ("chain", "kept", "published", "root", "tables")
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.tables = tuple(BlockTable() for _ in range(num_groups))
         self.chain: list[bytes] = []
         self.root = root
         self.published = 0
+        self.kept: list[HostBlock] = []
 
     @property
     def num_held(self) -> int:

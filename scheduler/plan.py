@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from paged_cache.manager import BlockCopy
+from paged_cache.block_copy import BlockCopy
 from scheduler.request import SamplingParams
 
 
@@ -54,8 +54,11 @@ class ScheduledSeq:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. Applied in this order: admitted, new_blocks, copies (all at once), then
-    scheduled is computed. In `scheduled`, sequences with one token come before those with more.
+    """One forward pass. Applied in this order: admitted, new_blocks, copies, then scheduled is
+    computed. In `scheduled`, sequences with one token come before those with more.
+
+    Copies of a kind happen at once, and the kinds one after the other: `to_host` before anything
+    overwrites the blocks, `to_device`, `cow`.
 
     Last tokens live on the device by slot, so a plan can be launched before the results of the
     one before it were read back.
@@ -66,6 +69,11 @@ class StepPlan:
     new_blocks: list[SlotBlocks] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     scheduled: list[ScheduledSeq] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the device has nothing to do."""
+        return not self.scheduled and not self.copies
 
     @property
     def num_tokens(self) -> int:

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from paged_cache.block_copy import BlockCopy
 from paged_cache.explain import Explanation
-from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
+from paged_cache.manager import KVCacheManager, NewBlocks
 from scheduler.journal import Journal, Wait
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
+from scheduler.preemption import Preemption
 from scheduler.random_numbers import uniform
 from scheduler.request import InvalidRequest, Request
 from scheduler.sequence import NO_SLOT, Sequence, Status
@@ -58,6 +60,7 @@ class Scheduler:
         watermark: int = 0,
         reserve: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        preemption: Preemption | None = None,
     ) -> None:
         self.cache = cache
         self._journal = journal or Journal()
@@ -66,7 +69,7 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.watermark = watermark
         self.reserve = reserve
-        self.num_preemptions = 0
+        self.preemption = preemption or Preemption()
         self.prefix = PrefixCounts()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -77,6 +80,11 @@ class Scheduler:
         self._next_order = 0
 
     # ------------------------------------------------------------------ requests in and out
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that gave way, since start."""
+        return self.preemption.total
 
     @property
     def has_work(self) -> bool:
@@ -262,6 +270,7 @@ class Scheduler:
         """Writes the chosen sequences into the plan, single tokens first, and counts their tokens
         as computed."""
         plan, awaited = step.plan, _Awaited([], [])
+        plan.copies.extend(self.cache.take_copies())
         for seq, share in sorted(step.chosen.items(), key=lambda item: item[1].count > 1):
             start = seq.num_computed
             seq.num_computed += share.count
@@ -320,27 +329,33 @@ class Scheduler:
         """Ends every request that `plan` touches, after its step raised."""
         slots = {item.slot for item in plan.scheduled}
         self._planned.pop(plan.id, None)
-        self.cache.pool.forget_all()  # what the step should have written may not be there
+        self.cache.forget_all()  # what the step should have written may not be there
         failed = list(dict.fromkeys(s.request.id for s in self.running if s.slot in slots))
         return [item for request_id in failed for item in self.abort(request_id, "error")]
 
     # ------------------------------------------------------------------ state changes
 
     def _preempt(self, seq: Sequence) -> None:
-        """Takes slot and blocks away; `seq` waits before all newer ones and will be recomputed."""
-        self.running.remove(seq)
+        """Takes slot and blocks away; `seq` waits before all newer ones. Its blocks move to host
+        memory or will be recomputed."""
+        swapped = self.preemption.prefers_swap(
+            seq.blocks.num_held, seq.num_computed
+        ) and self.cache.swap_out(seq.blocks, seq.tokens, seq.num_computed)
+        if not swapped:
+            self.cache.release(seq.blocks)
+        self.preemption.count(swapped)
         self._vacate(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         seq.account.preempted.append(self._clock())
-        self.num_preemptions += 1
+        seq.num_swaps += swapped
         seq.status = Status.WAITING
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
 
     def _finish(self, seq: Sequence, reason: str) -> None:
         """Ends `seq` and forgets its request once all of its sequences ended."""
+        self.cache.release(seq.blocks)
         if seq.status is Status.RUNNING:
-            self.running.remove(seq)
             self._vacate(seq)
         else:
             self.waiting.remove(seq)
@@ -351,7 +366,7 @@ class Scheduler:
             del self._requests[seq.request.id]
 
     def _vacate(self, seq: Sequence) -> None:
-        self.cache.release(seq.blocks)
+        self.running.remove(seq)
         seq.account.leave(seq.num_computed, self._clock())
         self._free_slots.append(seq.slot)
         seq.slot = NO_SLOT
@@ -359,6 +374,8 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold: for idle moments and tests."""
         self.cache.pool.check()
+        kept = [block for seq in [*self.running, *self.waiting] for block in seq.blocks.kept]
+        self.cache.tiers.host.check(kept)
         counts: dict[int, int] = {}
         for seq in self.running:
             for table in seq.blocks.tables:

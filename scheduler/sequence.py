@@ -34,6 +34,7 @@ class Sequence:
         num_cached: prompt tokens whose KV was found when it first ran; None before that.
         num_scored: positions of the prompt that planned steps tell the next token's
             log-probability of.
+        num_preemptions: how often it gave way; num_swaps of them its blocks moved to host memory.
         slot: row of the device state while it runs.
         order: place in the order of arrival over all sequences.
         most_blocks: KV blocks that it can ever hold.
@@ -53,6 +54,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_scored",
+        "num_swaps",
         "order",
         "request",
         "slot",
@@ -81,7 +83,7 @@ class Sequence:
         self.in_flight = 0
         self.num_cached: int | None = None
         self.num_scored = 0
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_swaps = 0
         self.account = Account(request.arrival)
         self.slot = NO_SLOT
         self.status = Status.WAITING

@@ -91,6 +91,7 @@ def describe(view: CacheView) -> dict[str, Any]:
             "latin-1"
         ),
         "hashes": hashes,
+        "host": {"num_blocks": view.host_blocks, "used": view.host_blocks_used},
         "sequences": view.sequences,
     }
 

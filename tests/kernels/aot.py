@@ -61,7 +61,7 @@ def _kind(name: str, dtype: str, format: str) -> str:
         return POINTERS[name]
     if name in ("keys", "values") and format != "plain":
         return "*u8"
-    if name in ("query", "key", "value", "keys", "values", "out", "blocks"):
+    if name in ("query", "key", "value", "keys", "values", "out", "read", "write"):
         return f"*{dtype}"
     return "fp32" if name == "scale" else "i32"
 

@@ -128,6 +128,24 @@ def test_copied_blocks_take_their_scales_along(name):
     assert torch.equal(got.cpu(), want) and not torch.equal(want, tiles)
 
 
+@pytest.mark.parametrize("blocks", (1, 6))
+def test_blocks_move_out_of_the_pool_and_back(blocks):
+    """A block's piece is odd and larger than what one program of the kernel moves."""
+    pool = torch.arange(3 * 2 * blocks * 3 * 701).view(3, 2, blocks, 3, 701)
+    ids = torch.randperm(blocks)[:4]
+    want, got = (torch.zeros(5, 3, 2, 3, 701, dtype=pool.dtype) for _ in range(2))
+    got = got.to(DEVICE)
+    reference.gather_blocks(pool, ids, want)
+    copy_blocks.gather_blocks(pool.to(DEVICE), ids.to(DEVICE), got)
+    assert torch.equal(got.cpu(), want)
+    assert torch.equal(want[0], pool[:, :, ids[0]]) and not want[len(ids) :].any()
+    back = torch.zeros_like(pool).to(DEVICE)
+    copy_blocks.scatter_blocks(got, back, ids.to(DEVICE))
+    reference.scatter_blocks(want, empty := torch.zeros_like(pool), ids)
+    assert torch.equal(back.cpu(), empty)
+    assert torch.equal(empty[:, :, ids], pool[:, :, ids]) and len(empty.unique()) > 1
+
+
 def test_splits_are_chosen_without_a_hint():
     problem = problems.make(2, 1, 64, 16, [40, 300])
     for hint in (None, 300, 100_000):

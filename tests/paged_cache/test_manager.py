@@ -1,6 +1,7 @@
 import pytest
 
-from paged_cache.manager import BlockCopy, KVCacheManager, NewBlocks
+from paged_cache.block_copy import BlockCopy
+from paged_cache.manager import KVCacheManager, NewBlocks
 from paged_cache.pool import BlockPool
 from paged_cache.table import SequenceBlocks
 

@@ -9,12 +9,19 @@ be predicted from the prompt alone (`expected`).
 
 import hashlib
 import struct
+from collections import Counter
 
+from paged_cache.block_copy import BlockCopy, CopyKind
 from scheduler.plan import ScheduledSeq, Scores, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import Request, SamplingParams
 
 VOCAB = 97
+COPIES: tuple[tuple[CopyKind, str, str], ...] = (  # in the order of a plan: kind, from, to
+    ("to_host", "kv", "host"),
+    ("to_device", "host", "kv"),
+    ("cow", "kv", "kv"),
+)
 
 
 def digest(tokens: list[int]) -> int:
@@ -43,7 +50,7 @@ def expected(request: Request, index: int, eos: frozenset[int]) -> list[int]:
 class FakeDevice:
     """Attributes:
     computed: tokens computed so far, over all sequences and steps.
-    copied: blocks copied so far.
+    copied: blocks copied so far, by kind.
     """
 
     def __init__(self, num_slots: int, block_size: int, windows: tuple[int, ...] = (0,)) -> None:
@@ -53,7 +60,9 @@ class FakeDevice:
         self.known: list[list[int]] = [[] for _ in range(num_slots)]
         self.tables: list[list[dict[int, int]]] = [[] for _ in range(num_slots)]
         self.kv: dict[tuple[int, int], int] = {}  # (block, row) -> digest
-        self.steps = self.computed = self.copied = 0
+        self.host: dict[tuple[int, int], int] = {}  # (slot, row) -> digest
+        self.copied: Counter[CopyKind] = Counter()
+        self.steps = self.computed = 0
 
     def run(self, plan: StepPlan) -> StepResult:
         self.steps += 1
@@ -79,15 +88,26 @@ class FakeDevice:
             assert min(entries.blocks) >= 0
             table = self.tables[entries.slot][entries.group]
             table.update(enumerate(entries.blocks, entries.first))
-        sources, targets = {c.src for c in plan.copies}, {c.dst for c in plan.copies}
-        assert not sources & targets, "a block is copied from and to in one launch"
-        assert len(targets) == len(plan.copies)
-        for copy in plan.copies:
-            self.copied += 1
+        for kind, source, target in COPIES:
+            copies = [copy for copy in plan.copies if copy.kind == kind]
+            self._copy(copies, getattr(self, source), getattr(self, target))
+            self.copied[kind] += len(copies)
+
+    def _copy(
+        self,
+        copies: list[BlockCopy],
+        source: dict[tuple[int, int], int],
+        target: dict[tuple[int, int], int],
+    ) -> None:
+        """All at once, as one launch does it in any order."""
+        sources, targets = {c.src for c in copies}, {c.dst for c in copies}
+        assert source is not target or not sources & targets, "copied from and to in one launch"
+        assert len(targets) == len(copies), "two copies have one target"
+        for copy in copies:
             for row in range(self.block_size):
-                self.kv.pop((copy.dst, row), None)
-                if (copy.src, row) in self.kv:
-                    self.kv[copy.dst, row] = self.kv[copy.src, row]
+                target.pop((copy.dst, row), None)
+                if (copy.src, row) in source:
+                    target[copy.dst, row] = source[copy.src, row]
 
     def _store(self, item: ScheduledSeq) -> None:
         digests = self._digests(item.slot)

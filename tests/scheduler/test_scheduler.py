@@ -190,7 +190,7 @@ def test_n_answers_share_one_prompt(prompt: int, copies: int):
     rig.step()
     assert len(rig.scheduler.running) == 4
     assert rig.device.computed == prompt + 1 + 3
-    assert rig.device.copied == copies
+    assert rig.device.copied["cow"] == copies
     full = (prompt - 1) // 4
     tables = [seq.blocks.tables[0].blocks for seq in rig.scheduler.running]
     assert all(table[:full] == tables[0][:full] for table in tables)

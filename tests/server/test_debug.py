@@ -17,7 +17,9 @@ VIEW = CacheView(
     windows=[0, 64],
     states=bytes([2, 3, 1, 0, 0]),
     tags=bytes(4) + b"\xab\xcd\xef\x01" + b"\x11\x22\x33\x44" + bytes(8),
-    sequences=[SequenceView("r", 1, "running", 40, 32, 2, [[0, 1], [-1, 1]])],
+    sequences=[SequenceView("r", 1, "running", 40, 32, 2, [[0, 1], [-1, 1]], swaps=1)],
+    host_blocks=8,
+    host_blocks_used=3,
 )
 
 
@@ -27,6 +29,7 @@ def test_a_map_of_the_pool() -> None:
     assert answer["counts"] == {"free": 2, "cached": 1, "used": 1, "shared": 1}
     assert answer["hashes"] == {"1": "abcdef01", "2": "11223344"}
     assert (answer["block_size"], answer["windows"], answer["num_blocks"]) == (16, [0, 64], 5)
+    assert answer["host"] == {"num_blocks": 8, "used": 3}
     assert answer["sequences"] == [
         {
             "request_id": "r",
@@ -36,6 +39,7 @@ def test_a_map_of_the_pool() -> None:
             "computed": 32,
             "preemptions": 2,
             "tables": [[0, 1], [-1, 1]],
+            "swaps": 1,
         }
     ]
 
