@@ -12,7 +12,7 @@ from server.edge import OPEN_PATHS, BodyLimit, Gate, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
-from server.routes import chat, completions, debug, status, steps
+from server.routes import chat, completions, debug, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
 from server.spans import Spans
@@ -49,7 +49,7 @@ def create_app(
     metrics = Metrics(engine.stats, served_model_names[0])
     service = Service(engine, text, metrics, served_model_names, limits, lifecycle, spans)
     app = FastAPI(title="Quire", version=__version__)
-    for module in (chat, completions, debug, status, steps):
+    for module in (chat, completions, debug, status, steps, tokens):
         app.include_router(module.router(service))
     errors.install(app)
     openapi.install(app)

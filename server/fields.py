@@ -16,7 +16,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "bad_words": (None, []),
     "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
     "documents": (None, []),
     "function_call": (None, "none"),
     "functions": (None, []),

@@ -4,19 +4,23 @@ they take and give is therefore told to the document here."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from server.schemas import Body, ChatBody, CompletionBody
+from server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
-BODIES: Mapping[str, type[Body]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
+BODIES: Mapping[str, tuple[type[Body], ...]] = {
+    "/v1/chat/completions": (ChatBody,),
+    "/v1/completions": (CompletionBody,),
+    "/tokenize": (TokenizeBody, ChatBody),
+    "/detokenize": (DetokenizeBody,),
+    "/debug/kv/explain": (ChatBody, CompletionBody),
 }
-"""What each POST route takes."""
+"""What each POST route takes: one of these."""
 
 STREAMING = ("/v1/chat/completions", "/v1/completions")
 NOT_JSON: Mapping[str, str] = {"/metrics": "text/plain"}
@@ -56,7 +60,8 @@ def document(app: FastAPI) -> dict[str, Any]:
     """The document of all routes of `app`."""
     found = get_openapi(title=app.title, version=app.version, routes=app.routes)
     keys, definitions = models_json_schema(
-        [(body, "validation") for body in dict.fromkeys(BODIES.values())], ref_template=_REF
+        [(body, "validation") for body in dict.fromkeys(chain.from_iterable(BODIES.values()))],
+        ref_template=_REF,
     )
     components = found.setdefault("components", {})
     components["schemas"] = {"Error": _ERROR, **definitions.get("$defs", {})}
@@ -71,7 +76,8 @@ def document(app: FastAPI) -> dict[str, Any]:
                 "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
             }
             if method == "post" and path in BODIES:
-                schema = keys[(BODIES[path], "validation")]
+                schemas = [keys[(body, "validation")] for body in BODIES[path]]
+                schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
                 operation["requestBody"] = {
                     "required": True,
                     "content": {"application/json": {"schema": schema}},

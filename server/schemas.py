@@ -179,6 +179,7 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], FailFast]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -194,6 +195,19 @@ class CompletionBody(GenerationBody):
     @property
     def answer_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class TokenizeBody(Body):
+    """A text to tokenize; with `messages` in it, the body is that of a chat."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: Ids
 
 
 B = TypeVar("B", bound=Body)

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError as JinjaError
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.parser import Parser
@@ -243,11 +243,17 @@ def _sandbox() -> _Sandbox:
     return env
 
 
+# What a request sets in fields of their own, or not at all.
+GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
 class ChatTemplate:
     """A compiled chat template.
 
     Attributes:
         has_developer: whether the template knows the role `developer`.
+        variables: names that it reads beside the ones it is always given; a request may set them
+            (`chat_template_kwargs`).
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -260,24 +266,36 @@ class ChatTemplate:
         """
         self.has_developer = "developer" in source
         self._special_tokens = dict(special_tokens)
+        env = _sandbox()
         try:
-            self._template = _sandbox().from_string(source)
+            self._template = env.from_string(source)
+            read = meta.find_undeclared_variables(env.parse(source))
         except (JinjaError, RecursionError) as error:
             raise TemplateError(f"the chat template does not compile: {error}") from None
+        self.variables = frozenset(read) - GIVEN - set(special_tokens) - set(env.globals)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text that the model continues. Takes at most about `RENDER_SECONDS`.
+
+        Args:
+            variables: values of some of `self.variables`; other names are left out.
 
         Raises:
             TemplateError: the template refuses the messages, fails, or does not end.
         """
+        known = {n: value for n, value in (variables or {}).items() if n in self.variables}
         token = _deadline.set(time.monotonic() + RENDER_SECONDS)
         parts: list[str] = []
         size = 0
         try:
             for part in self._template.generate(
+                **known,
                 **self._special_tokens,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
@@ -296,7 +314,12 @@ class ChatTemplate:
             _deadline.reset(token)
         return "".join(parts)
 
-    def render_open(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_open(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text up to the end of the last message's content, which the model then goes on with
         (`continue_final_message`).
 
@@ -306,7 +329,8 @@ class ChatTemplate:
         *before, last = messages
         mark = "\ue000end of the last message\ue000"
         marked = [*before, {**last, "content": f"{last['content']}{mark}"}]
-        text, found, _ = self.render(marked, add_generation_prompt=False).rpartition(mark)
+        whole = self.render(marked, add_generation_prompt=False, variables=variables)
+        text, found, _ = whole.rpartition(mark)
         if not found:
             raise TemplateError("the chat template does not show the last message's content")
         return text

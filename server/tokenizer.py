@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,13 @@ class TextModel:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """A chat as the text that the model goes on with. `developer` becomes `system` where the
         template does not know it.
+
+        Args:
+            variables: the template's own, by name: see `ChatTemplate.variables`.
 
         Raises:
             TemplateError: no template, or it refuses the messages.
@@ -111,8 +115,10 @@ class TextModel:
                 for message in messages
             ]
         if continue_final_message:
-            return self.template.render_open(messages)
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+            return self.template.render_open(messages, variables=variables)
+        return self.template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

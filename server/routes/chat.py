@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from server.logprobs import of_prompt
 from server.schemas import ChatBody
 from server.service import Prompt, Service, usage_options
 from server.sse import ChatChunks, EventStream, events
-from server.template import TemplateError
+from server.template import GIVEN, ChatTemplate, TemplateError
 
 
 def router(service: Service) -> APIRouter:
@@ -26,7 +27,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
         body = await service.read(http, ChatBody)
-        headers = service.response_headers(http, body, check_messages(body))
+        headers = service.response_headers(http, body, check(service, body))
         envelope = service.envelope("chatcmpl", body)
         sampling = service.sampling(body)
         ids = await asyncio.to_thread(prompt_ids, service, body)
@@ -74,8 +75,8 @@ def echoed(body: ChatBody) -> str:
     return body.messages[-1].for_template()["content"]
 
 
-def check_messages(body: ChatBody) -> list[str]:
-    """Paths of fields of messages that have no effect.
+def check(service: Service, body: ChatBody) -> list[str]:
+    """Paths of fields of messages, and of variables of the template, that have no effect.
 
     Raises:
         ApiError: 400 for messages that cannot be rendered.
@@ -102,6 +103,22 @@ def check_messages(body: ChatBody) -> list[str]:
             ignored += check_extra(
                 message.model_extra, UNSUPPORTED_IN_MESSAGE, f"messages.{place}."
             )
+    return ignored + check_variables(service.text.template, body.chat_template_kwargs or {})
+
+
+def check_variables(template: ChatTemplate | None, given: Mapping[str, Any]) -> list[str]:
+    """Paths of the variables that the template does not read.
+
+    Raises:
+        ApiError: 400 for one that a request cannot set like this.
+    """
+    ignored = []
+    for name in given:
+        path = f"chat_template_kwargs.{name}"
+        if name in GIVEN or name.endswith("_token") or name == "chat_template":
+            raise invalid(path, f"{path} cannot be set, only variables of the model's own template")
+        if template is None or name not in template.variables:
+            ignored.append(path)
     return ignored
 
 
@@ -117,6 +134,7 @@ def prompt_ids(service: Service, body: ChatBody) -> tuple[int, ...]:
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),
+            variables=body.chat_template_kwargs,
         )
     except TemplateError as error:
         raise invalid("messages", str(error)) from None

@@ -29,6 +29,12 @@ def router(service: Service) -> APIRouter:
         found = await service.engine.inspect()
         return _json(describe(found.view))
 
+    @routes.get("/debug/stats")
+    async def stats() -> Response:
+        """The engine's newest snapshot and what it was set up with; asks it nothing."""
+        engine = service.engine
+        return _json({"engine": msgspec.to_builtins(engine.info), "stats": engine.stats()})
+
     @routes.get("/debug/kv/verify")
     async def verify() -> Response:
         """200 where every invariant holds, else 500 and the one that does not."""
@@ -65,7 +71,7 @@ async def _requests(service: Service, http: HttpRequest) -> list[Request]:
     request_id = "explain"
     if "messages" in fields:
         chat_body = await service.read(http, ChatBody)
-        chat.check_messages(chat_body)
+        chat.check(service, chat_body)
         ids = await asyncio.to_thread(chat.prompt_ids, service, chat_body)
         sampling = service.sampling(chat_body)
         return [service.request(http, request_id, Prompt(ids), sampling, chat_body, "messages")]

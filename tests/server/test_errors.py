@@ -148,7 +148,6 @@ NOT_SERVED: dict[str, Any] = {
     "audio": {"voice": "x"},
     "best_of": 3,
     "chat_template": "{{ 1 }}",
-    "chat_template_kwargs": {"a": 1},
     "function_call": "auto",
     "functions": [{"name": "f"}],
     "guided_json": {},
