@@ -293,6 +293,14 @@ class ObservabilitySettings(Section):
             "`http://localhost:4318/v1/traces`; needs the extra `otel`. Default: nowhere",
         ),
     ] = None
+    slo_ttft: Annotated[
+        float,
+        Field(gt=0, description="Seconds to the first token that `/metrics` counts as good"),
+    ] = 1.0
+    slo_tpot: Annotated[
+        float,
+        Field(gt=0, description="Seconds per further token that `/metrics` counts as good"),
+    ] = 0.1
 
 
 class Settings(BaseSettings):

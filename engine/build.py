@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
+from engine.jit_compiles import JitCompiles
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, available_host_bytes
 from engine.protocol import EngineInfo
@@ -139,8 +140,9 @@ def assemble(
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )
-    info = _info(path, model, layout, limits, device, host_blocks)
-    return EngineLoop(scheduler, runner, info, trace)
+    prefix_caching = settings.cache.enable_prefix_caching
+    info = _info(path, model, layout, limits, device, host_blocks, prefix_caching)
+    return EngineLoop(scheduler, runner, info, trace, jit_compiles=JitCompiles().watch())
 
 
 def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) -> Preemption:
@@ -157,6 +159,7 @@ def _info(
     limits: Limits,
     device: torch.device,
     host_blocks: int,
+    prefix_caching: bool,
 ) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return EngineInfo(
@@ -174,6 +177,8 @@ def _info(
         kv_bytes_per_token=layout.bytes_per_token,
         weight_bytes=weight_bytes(model.config, model.embed.weight.dtype),
         num_host_blocks=host_blocks,
+        kv_cache_dtype=layout.format.dtype,
+        prefix_caching=prefix_caching,
     )
 
 

@@ -31,7 +31,6 @@ from engine.protocol import (
     Question,
     ReadTrace,
     Ready,
-    Receipt,
     Reply,
     Shutdown,
     StartFailed,
@@ -116,9 +115,9 @@ class EngineClient(Protocol):
         """Ends a request, or only its answer `index`, within one step; unknown ids are ignored.
         What was ended has the finish_reason `abort`."""
 
-    def listen(self, listener: Callable[[Receipt], None]) -> None:
-        """From now on `listener` hears the receipt of every answer that ends, also where its
-        stream was closed before."""
+    def listen(self, listener: Callable[[StepOutput], None]) -> None:
+        """From now on `listener` hears all that the engine says of its steps, that about answers
+        included whose stream was closed."""
 
     def stats(self) -> EngineStats:
         """The newest snapshot, without a round trip."""
@@ -205,7 +204,7 @@ class _StreamingClient:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._stats = EngineStats()
         self._info: EngineInfo | None = None
-        self._listener: Callable[[Receipt], None] = lambda receipt: None
+        self._listener: Callable[[StepOutput], None] = lambda output: None
         self._dead = False
         self._heard = 0.0  # monotonic seconds: the newest message, or the first work after none
 
@@ -221,7 +220,7 @@ class _StreamingClient:
     def alive(self) -> bool:
         return not self._dead
 
-    def listen(self, listener: Callable[[Receipt], None]) -> None:
+    def listen(self, listener: Callable[[StepOutput], None]) -> None:
         self._listener = listener
 
     @property
@@ -311,6 +310,7 @@ class _StreamingClient:
                 answer.set_result(output)
             return
         self._stats = output.stats
+        self._listener(output)
         for request_id in output.admitted:
             stream = self._streams[request_id]
             if not stream.admitted.done():  # it is done when the caller was cancelled
@@ -321,11 +321,7 @@ class _StreamingClient:
         for failure in output.failed:
             if failure.request_id in self._streams:
                 self._streams.pop(failure.request_id).fail(RequestFailed(failure.message))
-            for receipt in failure.receipts:
-                self._listener(receipt)
         for delta in output.deltas:
-            if delta.receipt is not None:
-                self._listener(delta.receipt)
             if self._streams[delta.request_id].put(delta):
                 del self._streams[delta.request_id]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Protocol
 
+from engine.fragmentation import Fragmentation
+from engine.jit_compiles import JitCompiles
 from engine.protocol import (
     Abort,
     CacheView,
@@ -24,12 +25,14 @@ from engine.protocol import (
     SequenceView,
     Shutdown,
     StepOutput,
+    StepReport,
     Submit,
     ToEngine,
     TokenDelta,
     Trace,
     TraceView,
 )
+from engine.step_meter import StepMeter
 from engine.step_trace import StepTrace
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import InvalidRequest, Request
@@ -64,6 +67,11 @@ class Inbox(Protocol):
 class EngineLoop:
     """Scheduler and runner, stepped in turn.
 
+    Args:
+        trace: what it keeps of the steps; the same one is the scheduler's journal.
+        meter: takes the time of the steps.
+        jit_compiles: what was compiled since the engine was ready.
+
     Attributes:
         progress: steps begun; it grows as long as there is work and the loop is alive.
     """
@@ -74,13 +82,18 @@ class EngineLoop:
         runner: PlanRunner,
         info: EngineInfo,
         trace: StepTrace | None = None,
+        meter: StepMeter | None = None,
+        jit_compiles: JitCompiles | None = None,
     ) -> None:
-        """`trace` keeps what it is told of the steps; the same one is the scheduler's journal."""
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
         self.progress = 0
         self._trace = trace
+        self._meter = meter or StepMeter()
+        self._jit_compiles = jit_compiles or JitCompiles()
+        self._report: StepReport | None = None
+        self._fragmentation = Fragmentation(scheduler)
         self._output = StepOutput(stats=EngineStats())
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -130,6 +143,7 @@ class EngineLoop:
 
     def step(self) -> None:
         """Plans, computes and commits one step. An exception ends the requests in it, no others."""
+        self._meter.begin()
         if self._trace:
             self._trace.begin()
         plan = self.scheduler.schedule()
@@ -139,22 +153,22 @@ class EngineLoop:
             self.scheduler.commit(StepResult(plan.id, []))
             return
         self.progress += 1
-        began = time.perf_counter()
+        self._meter.planned()
         try:
             result = self.runner.run(plan)
         except Exception as error:
             logger.exception("step %d failed", plan.id)
             self._fail(plan, error)
             return
+        seconds = self._meter.computed()
         if plan.num_tokens > len(plan.scheduled):  # it read prompts
-            self.scheduler.preemption.computing.observe(
-                plan.num_tokens, time.perf_counter() - began
-            )
+            self.scheduler.preemption.computing.observe(plan.num_tokens, seconds)
         self._failed_in_a_row = 0
         self._steps += 1
         self._tell(self.scheduler.commit(result))
         if self._trace:
             self._trace.ended(plan.id)
+        self._report = self._meter.ended(plan.num_tokens)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         if self._trace:
@@ -227,10 +241,13 @@ class EngineLoop:
             host_blocks_total=tiers.host.num_slots,
             host_blocks_used=tiers.host.num_used,
             host_hits=tiers.host_hits,
+            fragmentation=self._fragmentation.measure(),
+            jit_compiles=self._jit_compiles.count,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
         )
+        report, self._report = self._report, None
         self._output = StepOutput(stats=stats)
         return StepOutput(
             stats=stats,
@@ -238,6 +255,7 @@ class EngineLoop:
             refused=output.refused,
             failed=output.failed,
             deltas=output.deltas,
+            step=report,
         )
 
 

@@ -84,6 +84,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
         num_host_blocks: KV blocks in the tier in host memory.
         kv_bytes_per_token: bytes of K and V of one token over all layers.
         weight_bytes: bytes of the loaded weights.
+        kv_cache_dtype: numbers in KV blocks.
+        prefix_caching: whether blocks are found again.
     """
 
     model_path: str
@@ -100,12 +102,15 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     weight_bytes: int
     num_host_blocks: int = 0
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
 
 
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot taken after a step. Counters count since start.
 
     Attributes:
+        waiting_deferred: those of `waiting` that are held back on purpose, not for want of room.
         blocks_used: held by running sequences.
         blocks_cached: free, but with content that can be found again.
         prefix_queries, prefix_hits: prompt tokens looked up and found.
@@ -113,10 +118,14 @@ class EngineStats(msgspec.Struct, frozen=True):
         preemptions_swap, preemptions_recompute: by what became of the blocks.
         host_blocks_total, host_blocks_used: of the tier in host memory.
         host_hits: tokens whose blocks came back from host memory.
+        fragmentation: share of the places in held blocks that hold no token (yet), 0 to 1;
+            measured now and then.
+        jit_compiles: kernels compiled since the engine was ready.
     """
 
     running: int = 0
     waiting: int = 0
+    waiting_deferred: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
@@ -130,6 +139,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     host_blocks_total: int = 0
     host_blocks_used: int = 0
     host_hits: int = 0
+    fragmentation: float = 0.0
+    jit_compiles: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -369,6 +380,22 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     expected: bool
 
 
+class StepReport(msgspec.Struct, frozen=True, array_like=True):
+    """One step that computed something.
+
+    Attributes:
+        tokens: computed, of prompts and of answers.
+        seconds: from the beginning of planning to the end of the commit.
+        scheduler_seconds: the part of it that planning and committing took.
+        ended: seconds since 1970.
+    """
+
+    tokens: int
+    seconds: float
+    scheduler_seconds: float
+    ended: float
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
     """All that one step has to say."""
 
@@ -377,6 +404,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     refused: list[Refusal] = []
     failed: list[Failure] = []
     deltas: list[TokenDelta] = []
+    step: StepReport | None = None
 
 
 Question = Inspect | ReadTrace | Explain

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fastapi import FastAPI
+from starlette.routing import Route
 
 from engine.client import EngineClient
 from server import __version__, errors, openapi
 from server.edge import OPEN_PATHS, BodyLimit, Gate, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
-from server.metrics import Metrics
+from server.metrics import Metrics, Slo
+from server.metrics.http_meter import HttpMeter
 from server.routes import chat, completions, debug, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
@@ -31,6 +34,8 @@ def create_app(
     keys: KeyRing | None = None,
     metrics_without_key: bool = False,
     spans: Spans | None = None,
+    slo: Slo | None = None,
+    startup: Mapping[str, float] | None = None,
 ) -> FastAPI:
     """The application over a running engine.
 
@@ -43,10 +48,20 @@ def create_app(
         keys: one is asked of every request but health checks; None asks for nothing.
         metrics_without_key: `/metrics` asks for none either.
         spans: where OpenTelemetry spans of requests begin; closing them is the caller's.
+        slo: what the metrics count as good.
+        startup: seconds that each phase of the start took, for the metrics.
     """
     limits = limits or Limits()
     lifecycle = lifecycle or Lifecycle(stall_timeout=math.inf, engine=engine)
-    metrics = Metrics(engine.stats, served_model_names[0])
+    metrics = Metrics(
+        engine.stats,
+        engine.info,
+        served_model_names[0],
+        slo=slo,
+        startup=startup,
+        stalled=lambda: lifecycle.state == "stalled",
+    )
+    engine.listen(metrics.heard)
     service = Service(engine, text, metrics, served_model_names, limits, lifecycle, spans)
     app = FastAPI(title="Quire", version=__version__)
     for module in (chat, completions, debug, status, steps, tokens):
@@ -59,5 +74,7 @@ def create_app(
     app.add_middleware(Gate, lifecycle=lifecycle)
     open_paths = OPEN_PATHS | {"/metrics"} if metrics_without_key else OPEN_PATHS
     app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
+    templates = [route.path for route in app.routes if isinstance(route, Route)]
+    app.add_middleware(HttpMeter, metrics=metrics, templates=templates)
     app.add_middleware(RequestId)
     return app

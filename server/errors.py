@@ -13,6 +13,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from engine.client import EngineDead, EngineStopped, RequestFailed
 from scheduler.request import InvalidRequest
@@ -63,9 +64,21 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The error as an HTTP response."""
-        return Response(
-            self.body(), self.status, headers=self.headers, media_type="application/json"
+        return _ErrorResponse(self)
+
+
+class _ErrorResponse(Response):
+    """Leaves the error in `scope["state"]`, where the metrics see why the request failed."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(
+            error.body(), error.status, headers=error.headers, media_type="application/json"
         )
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["error"] = self._error
+        await super().__call__(scope, receive, send)
 
 
 def unsupported(param: str, message: str) -> ApiError:

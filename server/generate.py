@@ -73,16 +73,17 @@ class Answer:
         index: of the choice in the response.
         tokens: tokens so far, those of a stop string and of the end included.
         finish_reason: why it ended, `abort` and `error` included; None until then.
+        clock: takes its times.
         engine_receipt: what the engine says of it; None until it says so.
     """
 
     __slots__ = (
-        "_clock",
         "_detokenizer",
         "_include_stop",
         "_min_tokens",
         "_stops",
         "_trail",
+        "clock",
         "engine_receipt",
         "finish_reason",
         "index",
@@ -96,7 +97,7 @@ class Answer:
         self.tokens = 0
         self.finish_reason: str | None = None
         self.engine_receipt: Receipt | None = None
-        self._detokenizer, self._clock = detokenizer, clock
+        self._detokenizer, self.clock = detokenizer, clock
         self._include_stop = options.include_stop
         self._stops = (
             StopMatcher(options.stops, include=options.include_stop) if options.stops else None
@@ -114,7 +115,7 @@ class Answer:
     @property
     def receipt(self) -> AnswerReceipt:
         """What it took, once it is finished."""
-        return AnswerReceipt(self.engine_receipt or Receipt(), self._clock.ttft, self._clock.tpot)
+        return AnswerReceipt(self.engine_receipt or Receipt(), self.clock.ttft, self.clock.tpot)
 
     def push(self, delta: TokenDelta, now: float) -> Piece | None:
         """Takes the tokens of one delta in, at `now` (monotonic seconds). None where they make no
@@ -127,7 +128,7 @@ class Answer:
             raise ApiError(
                 500, "the request was aborted", code="aborted", headers={"x-should-retry": "false"}
             )
-        self._clock.tokens(len(delta.tokens), now)
+        self.clock.tokens(len(delta.tokens), now)
         text = self._read(delta)
         matched = self._stops.matched if self._stops else None
         if matched is not None:
@@ -147,7 +148,7 @@ class Answer:
         """The answer ends without its last piece: `abort` or `error`."""
         if not self.finished:
             self.finish_reason = reason
-            self._clock.finish(reason, now)
+            self.clock.finish(reason, now)
 
     def _read(self, delta: TokenDelta) -> str:
         """The text of the delta's tokens, up to a stop string. The token that ended the answer is
@@ -190,7 +191,7 @@ class Answer:
 
     def _finish(self, text: str, reason: str, stop_reason: str | int | None, now: float) -> Piece:
         self.finish_reason = reason
-        self._clock.finish(reason, now)
+        self.clock.finish(reason, now)
         detail = None
         if self._trail is not None:
             cut = self._stops is not None and self._stops.matched is not None
@@ -268,9 +269,9 @@ class Generation:
                     text.detokenizer(
                         skip_special=options.skip_special, continues=options.continues
                     ),
-                    metrics.answer(arrival),
+                    clock,
                 )
-                for i in range(request.n)
+                for i, clock in enumerate(metrics.answers(request, arrival))
             ]
             for first, request in _first_indexes(requests)
         ]
@@ -284,6 +285,17 @@ class Generation:
     def count(self) -> int:
         """Answers of all prompts."""
         return sum(map(len, self._answers))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every answer came to an end of its own."""
+        cut_off = (None, "abort", "error")
+        return all(a.finish_reason not in cut_off for answers in self._answers for a in answers)
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the answers end early, if they do."""
+        return self._news.error
 
     @property
     def usage(self) -> Usage:
@@ -323,7 +335,6 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._abandon()
         if self._span is not None:
             every = [answer for answers in self._answers for answer in answers]
             self._span.end(
@@ -332,16 +343,6 @@ class Generation:
                 [answer.finish_reason or "error" for answer in every],
                 self._news.error or error,
             )
-
-    def _abandon(self) -> None:
-        """Ends what has not ended."""
-        if self._not_admitted:  # refused, or gone before the engine took it: nothing was served
-            return
-        now = time.monotonic()
-        failed = self._news.error is not None and not _aborted(self._news.error)
-        for answers in self._answers:
-            for answer in answers:
-                answer.abandon("error" if failed else "abort", now)
 
     async def batches(self) -> AsyncGenerator[list[Piece], None]:
         """Pieces as they come, and an empty list after `IDLE_SECONDS` of nothing.
@@ -390,15 +391,39 @@ class Generation:
     async def _run(self, request: Request, answers: Sequence[Answer]) -> None:
         """One engine request from submission to its end."""
         try:
-            stream = await self._engine.submit(request)
+            stream = await self._submit(request, answers)
             self._not_admitted -= 1
-            async with contextlib.aclosing(stream):
-                await self._take(request, stream, answers)
+            await self._follow(request, stream, answers)
         except Exception as error:  # every error of the engine is the reader's
             self._news.error = self._news.error or error
         finally:
             self._open -= 1
             self._news.bell.set()
+
+    async def _submit(self, request: Request, answers: Sequence[Answer]) -> TokenStream:
+        try:
+            stream = await self._engine.submit(request)
+        except asyncio.CancelledError:
+            self._metrics.abandoned(request, [answer.clock for answer in answers])
+            raise
+        self._metrics.admitted(request)
+        return stream
+
+    async def _follow(
+        self, request: Request, stream: TokenStream, answers: Sequence[Answer]
+    ) -> None:
+        """From admission to the end, whatever kind of end it is."""
+        reason = "abort"  # of what is not finished where this is cancelled
+        try:
+            async with contextlib.aclosing(stream):
+                await self._take(request, stream, answers)
+        except Exception as error:
+            reason = "abort" if _aborted(error) else "error"
+            raise
+        finally:
+            now = time.monotonic()
+            for answer in answers:
+                answer.abandon(reason, now)
 
     async def _take(self, request: Request, stream: TokenStream, answers: Sequence[Answer]) -> None:
         """Deltas to pieces until every answer is finished."""
@@ -406,11 +431,11 @@ class Generation:
         unfinished = len(answers)
         started = False
         async for delta in stream:
-            if not started:
+            if not started and delta.finish_reason != "abort":
                 # The first token is of the answer that read the prompt for all n.
                 started = True
                 self._cached_tokens += delta.cached_tokens
-                self._metrics.prompt_tokens.inc(len(request.prompt_ids))
+                self._metrics.read_prompt(request, delta.cached_tokens)
             answer = answers[delta.index]
             answer.engine_receipt = delta.receipt
             if delta.prompt_scores is not None:
@@ -436,9 +461,8 @@ class Generation:
         if all(answer.engine_receipt is not None for answer in answers):
             return
         self._engine.abort(request.id)
-        with contextlib.suppress(
-            EngineDead, RequestFailed
-        ):  # the answers are complete all the same
+        # Whatever happens to the engine now, the answers are complete.
+        with contextlib.suppress(EngineDead, RequestFailed):
             async for delta in stream:
                 answers[delta.index].engine_receipt = delta.receipt
 

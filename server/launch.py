@@ -15,7 +15,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from configs.settings import Settings, SettingsError
@@ -27,6 +27,7 @@ from server.keys import KeyRing, require_keys
 from server.lifecycle import Lifecycle
 from server.progress import ProgressLines
 from server.spans import Spans, connect_spans
+from server.startup_times import StartupTimes
 
 if TYPE_CHECKING:
     import uvicorn
@@ -111,6 +112,7 @@ class _Server:
         self._settings, self._keys, self._listening = settings, keys, listening
         self._spans = spans
         self._lifecycle = Lifecycle(settings.lifetime.stall_timeout)
+        self._startup = StartupTimes()
         self._signals: asyncio.Queue[None] = asyncio.Queue()  # an item for each
 
     async def run(self) -> int:
@@ -141,6 +143,7 @@ class _Server:
 
         def show(message: Progress) -> None:
             self._lifecycle.progress = message
+            self._startup.take(message)
             lines.show(message)
 
         # The HTTP stack is imported while the engine's process imports torch.
@@ -151,7 +154,13 @@ class _Server:
     async def _open(self, front: _Front, engine: ProcessEngine) -> None:
         """Puts the routes over `engine` in front."""
         front.app = await asyncio.to_thread(
-            build_app, self._settings, self._keys, self._spans, self._lifecycle, engine
+            build_app,
+            self._settings,
+            self._keys,
+            self._spans,
+            self._lifecycle,
+            engine,
+            self._startup.ready(),
         )
         self._lifecycle.engine = engine
         address = self._listening.getsockname()
@@ -265,13 +274,15 @@ def build_app(
     spans: Spans | None,
     lifecycle: Lifecycle,
     engine: ProcessEngine,
+    startup: Mapping[str, float],
 ) -> FastAPI:
-    """The HTTP application over a running engine.
+    """The HTTP application over a running engine. `startup`: seconds that each phase took.
 
     Raises:
         EngineStartError: the model has no usable tokenizer.
     """
     from server.app import Limits, TextModel, create_app
+    from server.metrics import Slo
     from server.tokenizer import TextModelError
 
     try:
@@ -288,4 +299,6 @@ def build_app(
         keys=keys,
         metrics_without_key=settings.http.metrics_without_key,
         spans=spans,
+        slo=Slo(settings.observability.slo_ttft, settings.observability.slo_tpot),
+        startup=startup,
     )

@@ -211,7 +211,10 @@ class Service:
                 headers=http.headers,
                 arrival=arrival,
             )
-        return Generation(self.engine, self.text, self.metrics, requests, options, arrival, span)
+        http.scope["state"]["generation"] = generation = Generation(
+            self.engine, self.text, self.metrics, requests, options, arrival, span
+        )
+        return generation
 
     def wording(self, body: GenerationBody) -> Wording:
         """How tokens are named in the answer."""

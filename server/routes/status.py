@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from server import __version__
+from server.metrics.exposition import CONTENT_TYPE
+from server.metrics.scrape import Scrape
 from server.routes.health import checks
 from server.service import Service
 
@@ -16,6 +17,7 @@ from server.service import Service
 def router(service: Service) -> APIRouter:
     """The routes over `service`. None of them asks the engine's process anything."""
     routes = APIRouter()
+    scrape = Scrape(service.metrics.render)
 
     @routes.get("/v1/models")
     async def models() -> Response:
@@ -33,7 +35,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await scrape.text(), media_type=CONTENT_TYPE)
 
     @routes.get("/version")
     async def version() -> Response:

@@ -16,6 +16,7 @@ from engine.protocol import (
     Inspection,
     Receipt,
     Scores,
+    StepOutput,
     TokenDelta,
     TraceView,
 )
@@ -87,7 +88,7 @@ class FakeEngine:
     fail_after: int | None = None
     cached_tokens: int = 0
     receipt: Receipt = field(default_factory=lambda: Receipt(0.25, 0.5, 2.0, 7, 1, 3, 4.5))
-    listener: Callable[[Receipt], None] = lambda receipt: None
+    listener: Callable[[StepOutput], None] = lambda output: None
     alive: bool = True
     quiet_seconds: float = 0.0
     snapshot: EngineStats = field(default_factory=EngineStats)
@@ -173,10 +174,11 @@ class FakeEngine:
         return self._ended(delta) if reason else delta
 
     def _ended(self, delta: TokenDelta) -> TokenDelta:
-        self.listener(self.receipt)
-        return msgspec.structs.replace(delta, receipt=self.receipt)
+        delta = msgspec.structs.replace(delta, receipt=self.receipt)
+        self.listener(StepOutput(self.snapshot, deltas=[delta]))
+        return delta
 
-    def listen(self, listener: Callable[[Receipt], None]) -> None:
+    def listen(self, listener: Callable[[StepOutput], None]) -> None:
         self.listener = listener
 
     def abort(self, request_id: str, index: int | None = None) -> None:

@@ -71,7 +71,7 @@ async def route(scope, receive, send):
     await send({"type": "http.response.body", "body": b"ok"})
 
 launch.connect = connect
-launch.build_app = lambda settings, keys, spans, lifecycle, engine: route
+launch.build_app = lambda settings, keys, spans, lifecycle, engine, startup: route
 sys.exit(launch.serve(Settings.of(port=0, model=sys.argv[1])))
 """
 

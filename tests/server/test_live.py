@@ -126,7 +126,9 @@ def test_clients_that_hang_up_are_aborted() -> None:
         assert len(engine.submitted) > 16
         wait_for(lambda: {request.id for request in engine.submitted} == set(engine.aborted), 5)
         assert not engine.finished
-        family = 'vllm:request_success_total{finished_reason="%s",model_name="quiet"} 0.0'
+        family = (
+            'vllm:request_success_total{engine="0",finished_reason="%s",model_name="quiet"} 0.0'
+        )
         metrics = httpx.get(f"{url}/metrics").text
         assert family % "abort" not in metrics
         assert all(family % reason in metrics for reason in ("stop", "length", "error"))
