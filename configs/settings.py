@@ -80,6 +80,13 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _weights(value: tuple[str, ...]) -> tuple[str, ...]:
+    for pair in value:
+        if not re.fullmatch(r"[^=]+=(\d+\.?\d*|\.\d+)", pair) or not float(pair.split("=")[1]):
+            raise ValueError("must be names with a number above 0 such as ann=2")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_names)]
@@ -212,6 +219,17 @@ class SchedulingSettings(Section):
             "memory and back (needs `host_kv_bytes`), or whichever is estimated to be cheaper"
         ),
     ] = "auto"
+    tenant_weights: Annotated[
+        Names,
+        AfterValidator(_weights),
+        Field(description="Names of API keys that get more or less than a share of 1: `ann=2`"),
+    ] = ()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`tenant_weights` by name."""
+        pairs = (pair.split("=") for pair in self.tenant_weights)
+        return {name: float(weight) for name, weight in pairs}
 
     @model_validator(mode="after")
     def _every_sequence_gets_a_token(self) -> SchedulingSettings:

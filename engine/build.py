@@ -27,6 +27,7 @@ from paged_cache.host_tier import HostTier
 from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
+from scheduler.fairness import FairShares
 from scheduler.plan import Admitted, ScheduledSeq, StepPlan
 from scheduler.preemption import Preemption, PreemptionMode
 from scheduler.request import MAX_LOGPROBS, SamplingParams
@@ -137,6 +138,7 @@ def assemble(
         eos_token_ids=frozenset(config.eos_token_ids),
         watermark=math.ceil(settings.scheduling.admission_watermark * layout.num_blocks),
         reserve=settings.scheduling.admission == "reserve",
+        shares=FairShares(settings.scheduling.weights),
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )

@@ -228,6 +228,7 @@ class EngineLoop:
         stats = EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            waiting_deferred=scheduler.num_deferred,
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,

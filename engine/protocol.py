@@ -110,7 +110,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot taken after a step. Counters count since start.
 
     Attributes:
-        waiting_deferred: those of `waiting` that are held back on purpose, not for want of room.
+        waiting_deferred: of the waiting ones, those that would not start if there were room.
         blocks_used: held by running sequences.
         blocks_cached: free, but with content that can be found again.
         prefix_queries, prefix_hits: prompt tokens looked up and found.

@@ -13,6 +13,7 @@ import msgspec
 
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 MAX_N = 128
+MAX_PRIORITY = 1000
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
@@ -135,6 +136,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         sampling: how to continue it. Its seed is never None here (see `build`).
         n: how many answers, each its own sequence with index 0..n-1.
         tenant: whose request it is: a name of the API key, never the key; "" without keys.
+        priority: lower ones are started first, and give way last.
         cache_salt: requests with different salts never share cached blocks.
         arrival: `time.monotonic()` when the front door took the request.
     """
@@ -144,12 +146,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     n: int = 1
     tenant: str = ""
+    priority: int = 0
     cache_salt: str = ""
     arrival: float = 0.0
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) >= 1, "prompt", "at least one token", "none")
         _require(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}", self.n)
+        _require(
+            -MAX_PRIORITY <= self.priority <= MAX_PRIORITY,
+            "priority",
+            f"between {-MAX_PRIORITY} and {MAX_PRIORITY}",
+            self.priority,
+        )
 
 
 def build(
@@ -162,6 +171,7 @@ def build(
     seed: int,
     n: int = 1,
     tenant: str = "",
+    priority: int = 0,
     cache_salt: str = "",
     param: str = "prompt",
 ) -> Request:
@@ -206,6 +216,7 @@ def build(
         sampling=sampling,
         n=n,
         tenant=tenant,
+        priority=priority,
         cache_salt=cache_salt,
         arrival=time.monotonic(),
     )

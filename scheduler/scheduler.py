@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from paged_cache.block_copy import BlockCopy
 from paged_cache.explain import Explanation
 from paged_cache.manager import KVCacheManager, NewBlocks
+from scheduler.fairness import INPUT, OUTPUT, FairShares
 from scheduler.journal import Journal, Wait
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
 from scheduler.preemption import Preemption
@@ -18,6 +18,7 @@ from scheduler.random_numbers import uniform
 from scheduler.request import InvalidRequest, Request
 from scheduler.sequence import NO_SLOT, Sequence, Status
 from scheduler.stopping import FinishReason, finish_reason
+from scheduler.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,21 @@ class Progress:
 
 
 class Scheduler:
-    """First come, first served, within a token budget per step.
+    """Who waits is started in the order of its `WaitingQueue`, within a token budget per step.
 
     Each step gives tokens to sequences until their `num_computed` catches up with their length:
     first one token to everybody who needs just one (decodes), then chunks of prompts to running
     sequences, then to waiting ones while slots and blocks last. When blocks run out, a running
-    sequence gives all of its own back and waits to be recomputed: the newest of those that had to
-    do so least often. The oldest running one never has to, so there is always one that advances.
+    sequence gives all of its own back and waits to be recomputed: of the worst priority, the newest
+    of those that had to do so least often. The oldest one of the best priority never has to, so
+    there is always one that advances.
     The idea of one counter in place of phases is vLLM's (v1 scheduler).
 
     Args:
         watermark: blocks that an admission leaves free for those who run already.
         reserve: admit only while everybody could grow to the full length asked for; then nobody is
             ever preempted.
+        shares: what each tenant was served.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Scheduler:
         journal: Journal | None = None,
         watermark: int = 0,
         reserve: bool = False,
+        shares: FairShares | None = None,
         clock: Callable[[], float] = time.monotonic,
         preemption: Preemption | None = None,
     ) -> None:
@@ -71,8 +75,8 @@ class Scheduler:
         self.reserve = reserve
         self.preemption = preemption or Preemption()
         self.prefix = PrefixCounts()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting = WaitingQueue(shares)
+        self.running: list[Sequence] = []  # by rank
         self._requests: dict[str, list[Sequence]] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._planned: dict[int, _Awaited] = {}  # by plan id
@@ -116,8 +120,8 @@ class Scheduler:
             seqs.append(Sequence(request, index, self._next_order, blocks, needed, leader))
             self._next_order += 1
         self._requests[request.id] = seqs
-        self.waiting.extend(seqs)
         for seq in seqs:
+            self.waiting.add(seq)
             self._journal.queued(seq)
 
     def abort(
@@ -130,6 +134,17 @@ class Scheduler:
         for seq in live:
             self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
+
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that would not start if there were room: their prompt is being read by
+        another answer of their request."""
+        reading = (s for s in self.running if s.request.n > 1 and s.num_computed < s.num_prompt)
+        return sum(
+            seq.leader is leader and seq.status is Status.WAITING
+            for leader in reading
+            for seq in self._requests[leader.request.id]
+        )
 
     def explain(self, request: Request) -> Explanation:
         """What the cache would find of the prompt of `request`, and why not more."""
@@ -152,8 +167,8 @@ class Scheduler:
         for seq, share in step.chosen.items():
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
         why = Wait.PREEMPTION if step.preempted else self._admit(step)
-        if self.waiting:
-            self._journal.waits(self.waiting[0], why)
+        if first := next(iter(self.waiting), None):
+            self._journal.waits(first, why)
         self._close(step)
         return step.plan
 
@@ -174,28 +189,32 @@ class Scheduler:
         step.choose(seq, _Share(count, grown.new, grown.copies))
 
     def _victim(self) -> Sequence:
-        """Who gives way: never the oldest while there are others, and nobody for the second time
-        while somebody else never did. Taking turns like this, nobody is computed in vain forever.
-        """
-        return min(reversed(self.running[1:] or self.running), key=lambda s: s.num_preemptions)
+        """Who gives way: never the first in rank while there are others, and of one priority nobody
+        for the second time while somebody else never did. Taking turns like this, nobody is
+        computed in vain forever."""
+        return min(
+            self.running[1:] or self.running,
+            key=lambda s: (-s.request.priority, s.num_preemptions, -s.order),
+        )
 
     def _admit(self, step: _Step) -> Wait:
-        """Starts waiting sequences, oldest first, until a budget ends. A sequence gets the blocks
-        of its whole prompt at once, so that chunks of a started prompt hardly wait for blocks.
+        """Starts waiting sequences, in the queue's order, until a budget ends. A sequence gets the
+        blocks of its whole prompt at once, so that chunks of a started prompt hardly wait for
+        blocks. Who waits for something other than room is passed over.
 
         Returns:
             what the next one waits for, if there is one.
         """
-        while self.waiting and step.budget and self._free_slots:
-            seq = self.waiting[0]
-            if self._waits_for_leader(seq):
+        while step.budget and self._free_slots:
+            seq = self.waiting.first(lambda s: not self._waits_for_leader(s))
+            if seq is None:
                 return Wait.LEADER
             share = self._enter(seq, step.budget) if self._may_grow(seq) else None
             if share is None:
                 return Wait.BLOCKS
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             seq.slot, seq.status = self._free_slots.pop(), Status.RUNNING
-            bisect.insort(self.running, seq, key=lambda s: s.order)
+            bisect.insort(self.running, seq, key=lambda s: s.rank)
             seq.account.enter(seq.num_computed, seq.blocks.num_held, self._clock())
             self._journal.admitted(seq)
             step.plan.admitted.append(
@@ -263,6 +282,7 @@ class Scheduler:
             seq.num_cached = found
             self.prefix.queries += len(seq.tokens)
             self.prefix.hits += found
+            self.waiting.shares.serve(seq.request.tenant, INPUT * (seq.num_prompt - found))
         else:
             self.prefix.recovered += found
 
@@ -280,6 +300,7 @@ class Scheduler:
                 sampling = seq.request.sampling
                 if not sampling.greedy:
                     number = uniform(sampling.seed or 0, seq.index, seq.num_generated)
+                self.waiting.shares.serve(seq.request.tenant, OUTPUT)
                 seq.in_flight += 1
                 awaited.tokens.append(seq)
             first, scored = seq.num_scored, min(seq.num_computed, seq.to_score) - seq.num_scored
@@ -336,8 +357,8 @@ class Scheduler:
     # ------------------------------------------------------------------ state changes
 
     def _preempt(self, seq: Sequence) -> None:
-        """Takes slot and blocks away; `seq` waits before all newer ones. Its blocks move to host
-        memory or will be recomputed."""
+        """Takes slot and blocks away; `seq` waits before those that never ran. Its blocks move to
+        host memory or will be recomputed."""
         swapped = self.preemption.prefers_swap(
             seq.blocks.num_held, seq.num_computed
         ) and self.cache.swap_out(seq.blocks, seq.tokens, seq.num_computed)
@@ -350,7 +371,7 @@ class Scheduler:
         seq.account.preempted.append(self._clock())
         seq.num_swaps += swapped
         seq.status = Status.WAITING
-        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+        self.waiting.put_back(seq)
 
     def _finish(self, seq: Sequence, reason: str) -> None:
         """Ends `seq` and forgets its request once all of its sequences ended."""
@@ -385,9 +406,9 @@ class Scheduler:
         assert counts == {b: pool.refs(b) for b in range(pool.num_blocks) if pool.refs(b)}
         holds = [table.blocks for seq in self.waiting for table in seq.blocks.tables]
         assert not any(holds), "a waiting sequence holds blocks"
-        for queue in (self.running, self.waiting):
-            orders = [seq.order for seq in queue]
-            assert orders == sorted(orders), "a newer sequence stands before an older one"
+        ranks = [seq.rank for seq in self.running]
+        assert ranks == sorted(ranks), "a newer sequence stands before an older one"
+        self.waiting.check()
         if self.reserve:
             most = sum(seq.most_blocks for seq in self.running)
             assert most <= pool.num_blocks, "more was promised than there is"

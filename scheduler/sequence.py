@@ -37,6 +37,7 @@ class Sequence:
         num_preemptions: how often it gave way; num_swaps of them its blocks moved to host memory.
         slot: row of the device state while it runs.
         order: place in the order of arrival over all sequences.
+        rank: the running one of the least rank never gives way.
         most_blocks: KV blocks that it can ever hold.
         leader: the sequence of the same request whose prompt this one waits for and shares.
         account: its times and what it held.
@@ -56,6 +57,7 @@ class Sequence:
         "num_scored",
         "num_swaps",
         "order",
+        "rank",
         "request",
         "slot",
         "status",
@@ -74,6 +76,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.order = order
+        self.rank = (request.priority, order)
         self.blocks = blocks
         self.most_blocks = most_blocks
         self.leader = leader

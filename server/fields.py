@@ -29,7 +29,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": (None, []),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
-    "priority": (None, 0),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None, {}),
     "suffix": (None, ""),

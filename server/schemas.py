@@ -140,6 +140,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: int | None = None
     user: str | None = None
 
     def stops(self) -> tuple[str, ...]:

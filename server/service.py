@@ -174,6 +174,7 @@ class Service:
             seed=secrets.randbits(63),
             n=1 if body.n is None else body.n,
             tenant=http.scope["state"].get("tenant", ""),
+            priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             param=param,
         )

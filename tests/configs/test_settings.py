@@ -131,6 +131,13 @@ def test_a_mistake_names_field_limit_value_and_place() -> None:
     assert mistake({"port": -1, "block_size": 7}).count(";") == 1
 
 
+def test_weights_of_tenants() -> None:
+    assert Settings.of(tenant_weights="ann=2, bob=.5").scheduling.weights == {"ann": 2, "bob": 0.5}
+    for wrong in ("ann", "ann=", "ann=0", "ann=-1", "=2"):
+        with pytest.raises(SettingsError, match="tenant_weights must be names with a number"):
+            Settings.of(tenant_weights=wrong)
+
+
 def test_a_key_is_never_shown() -> None:
     assert "4711" not in mistake({"api_key": 4711})
     settings = Settings.of(api_key="4711")

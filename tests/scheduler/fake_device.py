@@ -156,6 +156,7 @@ def make_request(
     n: int = 1,
     cache_salt: str = "",
     tenant: str = "",
+    priority: int = 0,
     **sampling: object,
 ) -> Request:
     params = {"temperature": 0.0, "seed": 1, **sampling}
@@ -165,5 +166,6 @@ def make_request(
         n=n,
         cache_salt=cache_salt,
         tenant=tenant,
+        priority=priority,
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
     )

@@ -100,7 +100,7 @@ def test_the_newest_is_preempted_and_recomputed():
     while not rig.scheduler.num_preemptions:
         rig.step()
     assert [s.request.id for s in rig.scheduler.running] == ["a", "b"]
-    assert rig.scheduler.waiting[0].num_computed == 0
+    assert next(iter(rig.scheduler.waiting)).num_computed == 0
     rig.drain()
     for request in requests:
         assert rig.answers[request.id, 0] == expected(request, 0, frozenset())
@@ -117,6 +117,31 @@ def test_the_oldest_is_never_preempted():
         assert oldest.num_preemptions == before[0]
         assert oldest.status is Status.FINISHED or oldest.num_computed > before[1]
     assert rig.scheduler.num_preemptions > 0
+
+
+def test_a_better_priority_starts_first_and_gives_way_last():
+    rig = Rig(blocks=9, block_size=2, slots=3, budget=16)
+    for name, priority in [("a", 1), ("b", 1), ("c", 0), ("d", 0)]:
+        rig.scheduler.add(make_request(name, [ord(name)] * 3, max_tokens=10, priority=priority))
+    rig.step()
+    assert [seq.request.id for seq in rig.scheduler.running] == ["c", "d", "a"]
+    while not rig.scheduler.num_preemptions:
+        rig.step()
+    assert [seq.request.id for seq in rig.scheduler.running] == ["c", "d"]
+    rig.drain()
+
+
+def test_followers_of_a_prompt_that_is_read_are_passed_over_and_counted():
+    rig = Rig(budget=8)
+    rig.scheduler.add(make_request("a", list(range(20)), n=3, temperature=1.0))
+    rig.scheduler.add(make_request("b", [1, 2]))
+    rig.step()
+    assert rig.scheduler.num_deferred == 2
+    rig.step()
+    rig.step()
+    assert "b" in [seq.request.id for seq in rig.scheduler.running]
+    assert rig.scheduler.num_deferred == 0
+    rig.drain()
 
 
 def test_nobody_gives_way_twice_while_others_never_did():

@@ -102,6 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         salt=st.sampled_from(["", "", "other"]),
         tenant=st.sampled_from(["", "t1", "t2"]),
+        priority=st.sampled_from([0, 0, -1, 5]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def add(
@@ -114,13 +115,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         salt: str,
         tenant: str,
+        priority: int,
         prompt_logprobs: int | None,
     ) -> None:
         name = f"r{len(self.requests)}"
         prompt = [*range(shared), *own]
         options = {"temperature": temperature, "ignore_eos": ignore_eos}
         options["prompt_logprobs"] = prompt_logprobs
-        request = make_request(name, prompt, max_tokens, n, salt, tenant, **options)
+        request = make_request(name, prompt, max_tokens, n, salt, tenant, priority, **options)
         cache = self.scheduler.cache
         length = len(prompt) + max(max_tokens, 1) - 1
         try:
@@ -146,12 +148,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight.append(self.device.run(plan))
 
     def gave_way_in_turn(self, before: dict[Sequence, int]) -> None:
-        """The oldest kept its blocks, and nobody lost its own again before all others did once."""
+        """The first in rank kept its blocks, and nobody lost its own while another of the same or a
+        worse priority, who had lost them less often, kept theirs."""
         lost = [seq for seq, times in before.items() if seq.num_preemptions > times]
-        oldest, *others = sorted(before, key=lambda seq: seq.order) or [None]
-        assert oldest not in lost or not others
-        if any(seq.num_preemptions > 1 for seq in lost):
-            assert all(seq.num_preemptions for seq in others)
+        first, *others = sorted(before, key=lambda seq: seq.rank) or [None]
+        assert first not in lost or not others
+
+        def turn(seq: Sequence) -> tuple[int, int]:
+            return -seq.request.priority, before[seq]
+
+        spared = [turn(seq) for seq in others if seq not in lost]
+        assert not lost or not spared or max(map(turn, lost)) <= min(spared)
         assert not lost or not self.scheduler.reserve
 
     @precondition(lambda self: self.in_flight)

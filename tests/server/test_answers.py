@@ -133,6 +133,15 @@ def test_tenants_reach_the_engine() -> None:
     assert [request.tenant for request in engine.submitted] == ["ann", "bob", ""]
 
 
+def test_priorities_reach_the_engine() -> None:
+    engine = says("hello")
+    front = door(engine)
+    front.chat(priority=-3)
+    front.complete()
+    assert [request.priority for request in engine.submitted] == [-3, 0]
+    assert front.chat(priority=1001).status_code == 400
+
+
 def test_salts_reach_the_engine() -> None:
     engine = says("hello")
     front = door(engine)

@@ -152,7 +152,6 @@ NOT_SERVED: dict[str, Any] = {
     "functions": [{"name": "f"}],
     "guided_json": {},
     "guided_regex": "a*",
-    "priority": 1,
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
     "suffix": "end",
