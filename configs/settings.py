@@ -28,6 +28,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict
 
+from configs.logs import LogFormat
+
 ENV_PREFIX: Final = "QUIRE_"
 CONFIG: Final = "config"  # names the file itself; never a key of the file
 PRESETS_DIR: Final = Path(__file__).parent
@@ -299,6 +301,15 @@ class ObservabilitySettings(Section):
         BeforeValidator(_lower),
         Field(description="Least important log line that is written"),
     ] = "info"
+    log_format: Annotated[
+        LogFormat, Field(description="`auto`: text on a terminal, else JSON lines")
+    ] = "auto"
+    access_log: Annotated[
+        bool, Field(description="A log line for each request, but health checks and metrics")
+    ] = True
+    log_prompts: Annotated[
+        bool, Field(description="Also log what clients send; otherwise no prompt is ever logged")
+    ] = False
     trace_steps: Annotated[
         int,
         Field(ge=0, description="Steps of the scheduler that `/debug/steps` remembers; 0 is off"),

@@ -15,7 +15,7 @@ from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
 from engine.jit_compiles import JitCompiles
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, available_host_bytes
-from engine.protocol import EngineInfo
+from engine.protocol import COMMON_LENGTH, EngineInfo
 from engine.runner import Runner
 from engine.step_trace import StepTrace
 from kernels import dispatch
@@ -164,6 +164,7 @@ def _info(
     prefix_caching: bool,
 ) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    length = min(COMMON_LENGTH, limits.max_model_len)
     return EngineInfo(
         model_path=str(path),
         architecture=model.config.architecture,
@@ -181,6 +182,11 @@ def _info(
         num_host_blocks=host_blocks,
         kv_cache_dtype=layout.format.dtype,
         prefix_caching=prefix_caching,
+        kv_groups=len(layout.groups),
+        concurrency=min(
+            layout.sequences_in(layout.num_blocks, length, limits.max_num_batched_tokens),
+            limits.max_num_seqs,
+        ),
     )
 
 

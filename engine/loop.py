@@ -157,7 +157,6 @@ class EngineLoop:
         try:
             result = self.runner.run(plan)
         except Exception as error:
-            logger.exception("step %d failed", plan.id)
             self._fail(plan, error)
             return
         seconds = self._meter.computed()
@@ -182,6 +181,12 @@ class EngineLoop:
             request_id = item.seq.request.id
             failure = failures.setdefault(request_id, Failure(request_id, text, []))
             failure.receipts.append(_receipt(item.seq))
+        logger.error(
+            "step %d failed",
+            plan.id,
+            exc_info=error,
+            extra={"fields": {"requests": list(failures)}},
+        )
         self._output.failed.extend(failures.values())
 
     def _tell(self, progress: list[Progress]) -> None:

@@ -402,9 +402,7 @@ def _fit(shape: KVLayout, settings: Settings, context: int, length: int, num_byt
 
     fits = shape.blocks_in(num_bytes)
     pool = min(fits, most(context, chunk) * slots)
-    # One prompt at a time is being read, in chunks; behind a window, that takes room of its own.
-    reading = most(length, chunk)
-    sequences = 0 if fits < reading else 1 + (fits - reading) // most(length, 1)
+    sequences = shape.sequences_in(fits, length, chunk)
     longest = bisect.bisect_right(range(1, context + 1), pool, key=lambda n: most(n, chunk))
     return Fit(
         blocks=fits,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import logging
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from configs import logs
 from configs.settings import Settings
 from engine.protocol import FromEngine, Progress, Ready, StartFailed, ToEngine
 
 if TYPE_CHECKING:  # the parent imports this module, and must not load torch
     from models import loader
+
+
+logger = logging.getLogger("quire.engine")
 
 
 class PipeInbox:
@@ -40,10 +44,7 @@ def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
     """Entry point of the engine process: builds the engine, then serves until the pipe closes."""
     # Ctrl-C reaches the whole process group; the front door decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=settings.observability.log_level.upper(),
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure(settings.observability.log_level, settings.observability.log_format)
     faulthandler.register(signal.SIGUSR1)  # all stacks, even where Python itself stands still
     encode = msgspec.msgpack.Encoder().encode
 
@@ -53,8 +54,13 @@ def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
     def progress(phase: str, done: float, total: float, note: str) -> None:
         send(Progress(phase, done, total, note))
 
-    with contextlib.suppress(BrokenPipeError):  # the front door is gone: nobody is left to tell
+    try:
         _serve(settings, PipeInbox(inbox), send, progress)
+    except BrokenPipeError:
+        pass  # the front door is gone: nobody is left to tell
+    except Exception:
+        logger.critical("the engine ends", exc_info=True)
+        sys.exit(1)
 
 
 def _serve(

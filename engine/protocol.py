@@ -42,6 +42,10 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     preempted_at: list[float] = []
 
 
+COMMON_LENGTH = 4096
+"""Tokens of the sequences by which `EngineInfo.concurrency` counts."""
+
+
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence of one request.
 
@@ -80,7 +84,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
         model_path: local folder of the checkpoint (tokenizer files are read from it).
         max_model_len: longest prompt + answer, in tokens.
         eos_token_ids: ids at which answers stop.
-        num_blocks: KV blocks in the pool; num_blocks * block_size tokens fit at once.
+        num_blocks: KV blocks in the pool.
+        kv_groups: block tables per sequence; each token has a place in a block of each.
+        concurrency: sequences of COMMON_LENGTH tokens, or of the longest context where that is
+            less, that can run at once.
         num_host_blocks: KV blocks in the tier in host memory.
         kv_bytes_per_token: bytes of K and V of one token over all layers.
         weight_bytes: bytes of the loaded weights.
@@ -104,6 +111,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_host_blocks: int = 0
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
+    kv_groups: int = 1
+    concurrency: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):

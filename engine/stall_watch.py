@@ -42,10 +42,9 @@ class StallWatch(threading.Thread):
             quiet = 0 if moved or not self._loop.scheduler.has_work else quiet + 1
         try:
             logger.critical(
-                "stalled: work, and no step for %g s\n%s\n%s",
+                "stalled: work, and no step for %g s",
                 self._timeout,
-                scheduler_state(self._loop),
-                all_stacks(),
+                extra={"details": f"{scheduler_state(self._loop)}\n{all_stacks()}"},
             )
         finally:
             self._end(STALLED)

@@ -174,3 +174,11 @@ class KVLayout:
     def blocks_in(self, num_bytes: int) -> int:
         """How many blocks of this layout fit into `num_bytes`."""
         return max(num_bytes, 0) // self.bytes_per_block
+
+    def sequences_in(self, num_blocks: int, length: int, chunk: int) -> int:
+        """How many sequences of `length` tokens `num_blocks` hold while prompts are read in
+        pieces of `chunk`: one at a time, which takes room of its own behind a window."""
+        reading = most_blocks(self.windows, self.block_size, length, chunk)
+        if num_blocks < reading:
+            return 0
+        return 1 + (num_blocks - reading) // most_blocks(self.windows, self.block_size, length, 1)

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from engine.client import EngineClient
 from server import __version__, errors, openapi
-from server.edge import OPEN_PATHS, BodyLimit, Gate, HangUp, KeyGuard, RequestId
+from server.edge import OPEN_PATHS, AccessLog, BodyLimit, Gate, HangUp, KeyGuard, RequestId
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics, Slo
@@ -76,5 +76,6 @@ def create_app(
     app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
     templates = [route.path for route in app.routes if isinstance(route, Route)]
     app.add_middleware(HttpMeter, metrics=metrics, templates=templates)
+    app.add_middleware(AccessLog)
     app.add_middleware(RequestId)
     return app

@@ -5,35 +5,45 @@ from __future__ import annotations
 import json
 
 from configs.settings import Settings, format_bytes
-from engine.protocol import EngineInfo
+from engine.protocol import COMMON_LENGTH, EngineInfo
 from server import __version__
 from server.cli import reachable
 from server.keys import KeyRing
 
 
-def banner(settings: Settings, keys: KeyRing, info: EngineInfo, address: tuple[object, ...]) -> str:
-    """A box with what runs and how large it is, and a first request to copy."""
+def facts(
+    settings: Settings, keys: KeyRing, info: EngineInfo, address: tuple[object, ...]
+) -> dict[str, str]:
+    """What runs and how large it is, and a first request to copy."""
     url = f"http://{reachable(settings.http.host)}:{address[1]}"
-    tokens = info.num_blocks * info.block_size
-    pool = format_bytes(tokens * info.kv_bytes_per_token)
-    rows = {
+    tokens = info.num_blocks // info.kv_groups * info.block_size
+    groups = f" / {info.kv_groups} layer groups" if info.kv_groups > 1 else ""
+    length = min(COMMON_LENGTH, info.max_model_len)
+    return {
         "address": url,
         "models": ", ".join(settings.model.names),
         "device": f"{info.device}, {info.dtype}",
         "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
-        "KV cache": f"{info.num_blocks:,} blocks x {info.block_size} = {tokens:,} tokens, {pool}",
+        "KV cache": f"{info.num_blocks:,} blocks x {info.block_size}{groups} = {tokens:,} tokens, "
+        + format_bytes(tokens * info.kv_bytes_per_token),
         "context": f"{info.max_model_len:,} tokens at most",
+        "at once": f"{info.concurrency:,} sequences of {length:,} tokens",
         "API key": "on" if keys else "off",
+        "try": first_request(settings.model.names[0], url, with_key=bool(keys)),
     }
+
+
+def box(told: dict[str, str]) -> str:
+    """The facts in a box, and below it the request, which must stay in one piece."""
     title = f"Quire {__version__}"
-    lines = [f"{name:<10}{value}" for name, value in rows.items()]
+    lines = [f"{name:<10}{value}" for name, value in told.items() if name != "try"]
     width = max(map(len, [title, *lines]))
     return "\n".join(
         [
             f"+- {title} {'-' * (width - len(title) - 1)}+",
             *(f"| {line:<{width}} |" for line in lines),
             f"+{'-' * (width + 2)}+",
-            first_request(settings.model.names[0], url, with_key=bool(keys)),
+            told["try"],
         ]
     )
 

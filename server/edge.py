@@ -1,6 +1,7 @@
 """What every HTTP request passes before its route: plain ASGI middleware, outermost first.
 
 RequestId   names the request, takes the time of its arrival
+AccessLog   a log line for each request
 KeyGuard    401 before a byte of the body is read
 Gate        503 while the server takes no new work
 BodyLimit   413, from the content-length or while the body comes in
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 import uuid
@@ -18,6 +20,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from configs.logs import ACCESS, REQUEST_ID
 from server.errors import ApiError
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
@@ -26,6 +29,9 @@ OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 
 LINGER_BYTES = 32 * 2**20  # of a refused body that are thrown away before the connection closes
 LINGER_SECONDS = 5.0
+
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+HUNG_UP = 499  # as proxies log a client that did not wait for its answer
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -44,6 +50,7 @@ class RequestId:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         state = scope.setdefault("state", {})
         state["request_id"], state["arrival"] = request_id, time.monotonic()
+        REQUEST_ID.set(request_id)
 
         async def named_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -51,6 +58,36 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, named_send)
+
+
+class AccessLog:
+    """One line for each request when it ends, health checks and metrics left out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._logger = app, logging.getLogger(ACCESS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in QUIET_PATHS:
+            return await self._app(scope, receive, send)
+        status = HUNG_UP
+
+        async def noted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted_send)
+        finally:
+            state = scope["state"]
+            fields = {
+                "client": (scope.get("client") or ["unknown"])[0],
+                "tenant": state.get("tenant", ""),
+                "seconds": round(time.monotonic() - state["arrival"], 3),
+            }
+            line = f"{scope['method']} {scope['path']} {status}"
+            self._logger.info(line, extra={"fields": fields})
 
 
 class KeyGuard:

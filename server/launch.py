@@ -18,14 +18,15 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from configs import logs
 from configs.settings import Settings, SettingsError
 from engine.client import EngineStartError, ProcessEngine, connect
 from engine.protocol import STALLED, Progress
-from server.banner import banner
+from server import progress
+from server.banner import box, facts
 from server.cli import FAILED, MISUSED, OK
 from server.keys import KeyRing, require_keys
 from server.lifecycle import Lifecycle
-from server.progress import ProgressLines
 from server.spans import Spans, connect_spans
 from server.startup_times import StartupTimes
 
@@ -56,10 +57,11 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: the port cannot be taken, keys are missing or cannot be read, or a package
             that a setting needs is not installed.
-        EngineStartError: the engine failed in a way nobody expected.
     """
-    level = settings.observability.log_level
-    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    wanted = settings.observability
+    logs.configure(
+        wanted.log_level, wanted.log_format, access=wanted.access_log, prompts=wanted.log_prompts
+    )
     keys = KeyRing.read(settings.http)
     spans = connect_spans(settings.observability.otlp_traces_endpoint)
     with (
@@ -71,7 +73,8 @@ def serve(settings: Settings) -> int:
             return asyncio.run(_Server(settings, keys, spans, listening).run())
         except EngineStartError as error:
             if not error.expected:
-                raise
+                logger.critical("the engine did not start", extra={"details": error.message})
+                return FAILED
             print(f"quire: {error.message}", file=sys.stderr)
             return MISUSED
 
@@ -110,6 +113,7 @@ class _Server:
         self, settings: Settings, keys: KeyRing, spans: Spans | None, listening: socket.socket
     ) -> None:
         self._settings, self._keys, self._listening = settings, keys, listening
+        self._text = logs.is_text(settings.observability.log_format)
         self._spans = spans
         self._lifecycle = Lifecycle(settings.lifetime.stall_timeout)
         self._startup = StartupTimes()
@@ -120,7 +124,7 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signals.put_nowait, None)
-        with ProgressLines(sys.stderr) as lines:
+        with progress.display(text=self._text) as lines:
             # The engine's process has the longest way to go: it sets out before anything else.
             connecting = asyncio.create_task(self._connect(lines))
             await asyncio.sleep(0)
@@ -138,7 +142,7 @@ class _Server:
                 finally:
                     await engine.close()
 
-    async def _connect(self, lines: ProgressLines) -> ProcessEngine:
+    async def _connect(self, lines: progress.ProgressDisplay) -> ProcessEngine:
         """The engine, started."""
 
         def show(message: Progress) -> None:
@@ -164,7 +168,11 @@ class _Server:
         )
         self._lifecycle.engine = engine
         address = self._listening.getsockname()
-        print(banner(self._settings, self._keys, engine.info, address), flush=True)
+        told = facts(self._settings, self._keys, engine.info, address)
+        if self._text:
+            print(box(told), flush=True)
+        else:
+            logger.info("ready", extra={"fields": told})
 
     async def _unless_signalled(self, task: asyncio.Task[T]) -> T:
         """The result of `task`, or Stopped where a signal comes first; it is then cancelled."""

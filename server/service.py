@@ -4,6 +4,7 @@ requests from it."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 import uuid
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from configs.logs import PROMPTS
 from engine.client import EngineClient
 from engine.protocol import EngineInfo
 from scheduler.request import InvalidRequest, Request, SamplingParams, build
@@ -29,6 +31,8 @@ from server.sse import Envelope, UsageOptions
 from server.tokenizer import TextModel
 
 MAX_ANSWERS = 10_000  # of one HTTP request: 1,000 prompts of n = 128 would stall all streams
+
+prompts = logging.getLogger(PROMPTS)
 
 B = TypeVar("B", bound=GenerationBody)
 
@@ -76,7 +80,10 @@ class Service:
         Raises:
             ApiError: 400, 404 or 413.
         """
-        body = parse(kind, await http.body(), self.limits)
+        content = await http.body()
+        if prompts.isEnabledFor(logging.INFO):
+            prompts.info(content.decode(errors="replace"))
+        body = parse(kind, content, self.limits)
         if body.model is not None:
             self.check_model(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):

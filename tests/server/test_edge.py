@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -192,3 +193,25 @@ def test_answers_with_an_unguessable_field_name() -> None:
     assert response.status_code == 200
     assert "set-cookie" not in response.headers
     assert len(response.headers["x-ignored-params"]) < 400
+
+
+def test_the_access_log_tells_each_request_but_checks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "quire.access")
+    front = door(says("x"), keys=KEYS)
+    for path in ("/health", "/readyz", "/metrics", "/none", "/v1/models?key=secret"):
+        front.get(path, headers={"authorization": "Bearer sk-other"})
+    front.get("/v1/models")
+    assert caplog.messages == ["GET /none 404", "GET /v1/models 200", "GET /v1/models 401"]
+    fields = caplog.records[1].__dict__["fields"]
+    assert (fields["tenant"], fields["client"]) == ("other", "127.0.0.1")
+
+
+def test_prompts_are_logged_only_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    front = door(says("x"))
+    caplog.set_level("DEBUG")
+    logger = logging.getLogger("quire.prompts")
+    for wanted in (False, True):
+        logger.disabled = not wanted
+        front.complete(prompt="a secret")
+        front.complete(prompt="a secret", temperature="hot")
+        assert ("a secret" in caplog.text) == wanted

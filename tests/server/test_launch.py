@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import subprocess
 import sys
@@ -12,13 +11,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from configs.settings import Settings
 from engine.protocol import EngineInfo, Progress
-from server.banner import banner
+from server.banner import box, facts
 from server.keys import KeyRing
-from server.progress import ProgressLines
+from server.progress import ProgressBars, ProgressLines
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,7 @@ INFO = EngineInfo(
     max_num_batched_tokens=64,
     kv_bytes_per_token=1024,
     weight_bytes=3 << 20,
+    concurrency=7,
 )
 
 SCRIPT = """
@@ -72,7 +73,7 @@ async def route(scope, receive, send):
 
 launch.connect = connect
 launch.build_app = lambda settings, keys, spans, lifecycle, engine, startup: route
-sys.exit(launch.serve(Settings.of(port=0, model=sys.argv[1])))
+sys.exit(launch.serve(Settings.of(port=0, model=sys.argv[1], log_format="text")))
 """
 
 
@@ -117,7 +118,8 @@ def test_a_signal_closes_the_engine_and_exits_0(number: signal.Signals) -> None:
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out) == (0, "engine closed\n")
-        assert err.startswith("weights: 2 KiB, tiny (") and err.count("\n") == 1
+        [started] = err.splitlines()
+        assert "INFO quire.start: weights: 2 KiB, tiny (" in started
 
 
 def test_a_signal_while_the_engine_starts_exits_0_at_once() -> None:
@@ -142,39 +144,41 @@ def test_an_unexpected_one_is_a_traceback_and_1() -> None:
         assert "Traceback of the engine" in err
 
 
-def test_the_banner_tells_sizes_and_a_first_request() -> None:
+def test_the_box_tells_sizes_and_a_first_request() -> None:
     settings = Settings.of(host="0.0.0.0", api_key="4711", served_model_name=["a", "b"])
-    shown = banner(settings, KeyRing.read(settings.http), INFO, ("0.0.0.0", 8000))
-    *box, request = shown.split("\n")
-    assert len({len(line) for line in box}) == 1
+    shown = box(facts(settings, KeyRing.read(settings.http), INFO, ("0.0.0.0", 8000)))
+    *lines, request = shown.split("\n")
+    assert len({len(line) for line in lines}) == 1
     assert "http://127.0.0.1:8000" in shown
     assert "1,000 blocks x 16 = 16,000 tokens, 15.6 MiB" in shown
     assert "a, b" in shown and "2,048 tokens at most" in shown
+    assert "7 sequences of 2,048 tokens" in shown
     assert "4711" not in shown and "$QUIRE_API_KEY" in request
-    assert "$" not in banner(settings, KeyRing(), INFO, ("0.0.0.0", 8000))
+    assert "$" not in facts(settings, KeyRing(), INFO, ("0.0.0.0", 8000))["try"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_groups_of_layers_share_the_blocks() -> None:
+    info = msgspec.structs.replace(INFO, kv_groups=4)
+    told = facts(Settings.of(), KeyRing(), info, ("127.0.0.1", 8000))
+    assert told["KV cache"].startswith("1,000 blocks x 16 / 4 layer groups = 4,000 tokens")
 
 
-def test_progress_is_a_bar_on_a_terminal() -> None:
-    out = Terminal()
-    with ProgressLines(out) as lines:
-        lines.show(Progress("download", 0, 0))
-        lines.show(Progress("download", 4096, 4096, "model.safetensors"))
-        lines.show(Progress("memory", 1, 1))
-    assert "download: 100%" in out.getvalue() and "4.00k/4.00k" in out.getvalue()
+def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBars() as bars:
+        bars.show(Progress("download", 0, 0))
+        bars.show(Progress("download", 4096, 4096, "model.safetensors"))
+        bars.show(Progress("memory", 1, 1))
+    shown = capsys.readouterr().err
+    assert "download: 100%" in shown and "4.00k/4.00k" in shown
 
 
-def test_progress_is_one_line_for_each_phase_elsewhere() -> None:
-    out = io.StringIO()
-    with ProgressLines(out) as lines:
+def test_progress_is_one_line_for_each_phase_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "quire.start")
+    with ProgressLines() as lines:
         lines.show(Progress("weights", 0, 0))
         for done in (0, 1024, 2048, 2048):
             lines.show(Progress("weights", done, 2048))
         lines.show(Progress("memory", 1, 1, "64 blocks"))
-    first, second = out.getvalue().splitlines()
+    first, second = caplog.messages
     assert first.startswith("weights: 2 KiB (")
     assert second.startswith("memory: 64 blocks (")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -152,7 +153,11 @@ def test_while_it_starts(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/startupz").json() == {"status": "ready"}
         body = {"prompt": "hello", "max_tokens": 1}
         assert httpx.post(f"{url}/v1/completions", json=body, headers=key).status_code == 200
-        assert len(server.lines) <= 15 + 10  # lines of the start, and the box
+        started = [json.loads(line) for line in server.lines]
+        ready = next(place for place, line in enumerate(started) if line["message"] == "ready")
+        assert ready < 15
+        assert [line["message"].split(":")[0] for line in started[:ready]] == ["engine", "weights"]
+        assert started[ready]["address"] == url and started[ready]["API key"] == "on"
     finally:
         server.process.kill()
         server.process.wait()
