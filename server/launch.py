@@ -58,10 +58,6 @@ def serve(settings: Settings) -> int:
         SettingsError: the port cannot be taken, keys are missing or cannot be read, or a package
             that a setting needs is not installed.
     """
-    wanted = settings.observability
-    logs.configure(
-        wanted.log_level, wanted.log_format, access=wanted.access_log, prompts=wanted.log_prompts
-    )
     keys = KeyRing.read(settings.http)
     spans = connect_spans(settings.observability.otlp_traces_endpoint)
     with (
@@ -69,6 +65,13 @@ def serve(settings: Settings) -> int:
         listening_socket(settings.http.host, settings.http.port) as listening,
     ):
         require_keys(listening.getsockname()[0], keys, no_auth=settings.http.no_auth)
+        wanted = settings.observability
+        logs.configure(
+            wanted.log_level,
+            wanted.log_format,
+            access=wanted.access_log,
+            prompts=wanted.log_prompts,
+        )
         try:
             return asyncio.run(_Server(settings, keys, spans, listening).run())
         except EngineStartError as error:
