@@ -78,7 +78,7 @@ class Alone:
 
     def answers(self, request: Request) -> list[list[int]]:
         """Tokens of each of the n answers."""
-        key = (request.prompt_ids, request.sampling, request.n)
+        key = (request.prompt_ids, repr(request.sampling), request.n)
         if key not in self._known:
             told = serve(self._loop, [Guest(request)])
             self._known[key] = [told[request.id, index][0] for index in range(request.n)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.inputs import StepInputs
 from engine.loop import EngineLoop
 from engine.runner import Runner
-from scheduler.plan import StepPlan
+from scheduler.plan import StepPlan, StepResult
 
 
 def poison(loop: EngineLoop) -> EngineLoop:
@@ -23,7 +23,10 @@ def poison(loop: EngineLoop) -> EngineLoop:
     assert isinstance(runner, Runner)
     blocks, dead = runner.storage.blocks, set(range(pool.num_blocks))
     take, drop = pool.take, pool.drop
-    build, logits = runner.inputs.build, runner.model.logits
+    run, build, logits = runner.run, runner.inputs.build, runner.model.logits
+    nothing = 255 if blocks.dtype == torch.uint8 else float("nan")
+    if runner.host is not None:
+        runner.host.pages.fill_(nothing)
 
     def taking(count: int) -> list[int] | None:
         taken = take(count)
@@ -35,10 +38,14 @@ def poison(loop: EngineLoop) -> EngineLoop:
         drop(dropped)
         dead.update(b for b in dropped if not pool.refs(b) and pool.key(b) is None)
 
+    def running(plan: StepPlan) -> StepResult:
+        result = run(plan)
+        dead.difference_update(copied(plan))  # it may have had copies and no forward pass
+        return result
+
     def building(plan: StepPlan) -> StepInputs:
         """Runs between the copies of a step, which may read dead blocks, and its forward pass."""
-        dead.difference_update(copy.dst for copy in plan.copies)
-        blocks[:, :, sorted(dead)] = 255 if blocks.dtype == torch.uint8 else float("nan")
+        blocks[:, :, sorted(dead - copied(plan))] = nothing
         dead.clear()
         return build(plan)
 
@@ -47,6 +54,11 @@ def poison(loop: EngineLoop) -> EngineLoop:
         assert found.isfinite().all(), "a logit is NaN: the step read what nobody stored"
         return found
 
-    pool.take, pool.drop = taking, dropping  # type: ignore[method-assign]
+    pool.take, pool.drop, runner.run = taking, dropping, running  # type: ignore[method-assign]
     runner.inputs.build, runner.model.logits = building, finite  # type: ignore[method-assign]
     return loop
+
+
+def copied(plan: StepPlan) -> set[int]:
+    """Blocks of the pool that the copies of a plan fill."""
+    return {copy.dst for copy in plan.copies if copy.kind != "to_host"}

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,13 @@ def test_seeds_differ(path: Path):
 
 TRACES = 200
 MENU = Menu(n=(1, 1, 2, 3), salts=("", "", "other"), stops=True)
+TIERS: list[dict[str, Any]] = [
+    {},
+    {"host_kv_bytes": "200KiB"},
+    {"host_kv_bytes": "2MiB", "preemption": "recompute"},
+    {"host_kv_bytes": "2MiB", "preemption": "swap"},
+]
+SEEN = ("stop", "length", "abort", "hits", "preemptions", "evictions", "swaps", "host")
 CONFIGURATIONS = [
     (windows, dtype) for windows in (False, True) for dtype in ("auto", "fp8_e4m3", "int8", "int4")
 ]
@@ -110,6 +118,7 @@ def test_random_histories(windows: bool, dtype: str, tmp_path: Path) -> None:
             max_num_batched_tokens=draw.choice([16, 40, 200]),
             enable_prefix_caching=draw.random() < 0.8,
             admission=draw.choice(["optimistic", "optimistic", "reserve"]),
+            **draw.choice(TIERS),
         )
         guests = some_guests(draw)
         told = serve(loop, guests, preempt_every=draw.choice([0, 3, 7]))
@@ -118,7 +127,9 @@ def test_random_histories(windows: bool, dtype: str, tmp_path: Path) -> None:
         seen.update(reason for _, reason in told.values())
         seen.update(hits=scheduler.prefix.hits, preemptions=scheduler.num_preemptions)
         seen.update(evictions=scheduler.cache.pool.num_evicted)
-    for what in ("stop", "length", "abort", "hits", "preemptions", "evictions"):
+        seen.update(swaps=scheduler.preemption.num_swapped)
+        seen.update(host=scheduler.cache.tiers.host_hits)
+    for what in SEEN:
         assert seen[what] > 10, (what, seen)
 
 
