@@ -63,6 +63,10 @@ $(COMPAT)/.installed: requirements-compat.lock | $(INSTALLED)
 	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -r requirements-compat.lock
 	@touch $@
 
+dashboards-test: $(INSTALLED) ## try board and alert rules with a real Prometheus (apt-get install prometheus)
+	@command -v prometheus promtool >/dev/null || { echo "prometheus and promtool are missing" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/test_dashboards.py
+
 docker-test: ## build the image and try it with Prometheus (BASE_IMAGE, PROMETHEUS_IMAGE)
 	tests/docker/run.sh
 
