@@ -1,4 +1,6 @@
 # Quire in a container; docs/containers.md tells how to build and run it.
+#
+#     base-cpu | base-gpu ──> packages ──> quire      one of the first two, by VARIANT
 ARG BASE_IMAGE=python:3.12-slim
 ARG VARIANT=cpu
 
@@ -15,26 +17,39 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-FROM base-${VARIANT}
+# ---------------------------------------------------------------------- what Quire runs with
+FROM base-${VARIANT} AS packages
+ARG VARIANT
 # An index with another build of torch, such as the CPU one; empty takes the ordinary index's.
 ARG TORCH_INDEX_URL=
-WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-
 COPY requirements.lock requirements-otel.lock ./
+# A CPU has no use for Triton's compiler, which is larger than everything else but torch. Headers and
+# tests of torch are for building against it.
 RUN python3 -m venv /opt/venv \
+    && if [ "$VARIANT" = cpu ]; then sed -i '/^triton==/d' requirements.lock; fi \
     && if [ -n "$TORCH_INDEX_URL" ]; then \
          pip install --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements.lock)"; fi \
-    && pip install -r requirements-otel.lock
+    && pip install -r requirements-otel.lock \
+    && cd /opt/venv/lib/python3*/site-packages \
+    && rm -rf torch/test torch/include numba/tests \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && find sympy -type d -name tests -prune -exec rm -rf {} +
+COPY pyproject.toml README.md LICENSE /app/
+COPY server/__init__.py /app/server/
+RUN pip install --no-deps --no-build-isolation -e /app && pip uninstall -y setuptools pip
 
+# ---------------------------------------------------------------------- the image
+FROM base-${VARIANT} AS quire
+WORKDIR /app
+COPY --from=packages /opt/venv /opt/venv
 COPY . .
-RUN pip install --no-deps --no-build-isolation -e . \
-    && python -m compileall -q . \
+RUN python3 -m compileall -q . \
     && mkdir -p /cache && chown 10001:0 /cache && chmod g=u /cache
 
-# Compiled kernels and downloaded models outlive the container in one volume. Group 0 may write to
-# it, so that platforms which pick their own user id work too.
-ENV HOME=/cache USER=quire \
+# Compiled kernels and downloaded models outlive the container in one volume; it and /tmp are all
+# that is written to. Group 0 may, so that platforms which pick their own user id work too.
+ENV PATH=/opt/venv/bin:$PATH HOME=/cache USER=quire \
     HF_HOME=/cache/huggingface NUMBA_CACHE_DIR=/cache/numba TRITON_CACHE_DIR=/cache/triton \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     QUIRE_HOST=0.0.0.0 QUIRE_PORT=8000
