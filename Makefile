@@ -12,10 +12,10 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test docker-test clean
+.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test docker-test k8s-check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 	@echo "ARGS='...' is handed to the command behind a target, as in: make serve ARGS='--port 9000'"
 
 venv: $(INSTALLED) ## make .venv with everything, development tools included
@@ -66,6 +66,9 @@ $(COMPAT)/.installed: requirements-compat.lock | $(INSTALLED)
 dashboards-test: $(INSTALLED) ## try board and alert rules with a real Prometheus (apt-get install prometheus)
 	@command -v prometheus promtool >/dev/null || { echo "prometheus and promtool are missing" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/test_dashboards.py
+
+k8s-check: ## hold configs/k8s to the published schemas; needs Node
+	cd tests/k8s && npm install --no-package-lock --silent && node check.mjs
 
 docker-test: ## build the image and try it with Prometheus (BASE_IMAGE, PROMETHEUS_IMAGE)
 	tests/docker/run.sh

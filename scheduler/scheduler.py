@@ -167,8 +167,9 @@ class Scheduler:
         for seq, share in step.chosen.items():
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
         why = Wait.PREEMPTION if step.preempted else self._admit(step)
-        if first := next(iter(self.waiting), None):
-            self._journal.waits(first, why)
+        if self.waiting:
+            first = self.waiting.first(lambda s: not self._waits_for_leader(s))
+            self._journal.waits(first or next(iter(self.waiting)), why)
         self._close(step)
         return step.plan
 
