@@ -53,7 +53,7 @@ args=(--build-arg "VARIANT=$VARIANT" --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_
 docker build -q "${build_flags[@]}" "${args[@]}" -t "$image" . >/dev/null || fail "the build"
 say "size: $(megabytes "$image")${BASE_IMAGE:+, of it $(megabytes "$BASE_IMAGE") $BASE_IMAGE}"
 [[ $VARIANT != cpu || $(docker image inspect -f '{{.Size}}' "$image") -le $largest_cpu_image ]] ||
-  fail "the image is above $((largest_cpu_image / 1000000)) MB"
+  fail "the image is above $((largest_cpu_image / 1000000)) MB: is TORCH_INDEX_URL an index of CPU builds?"
 
 say "starting with the profile $VARIANT"
 "${compose[@]}" up -d --no-build "$VARIANT" prometheus >"$work/up" 2>&1 || { cat "$work/up"; fail "compose up"; }
