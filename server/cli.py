@@ -1,4 +1,4 @@
-"""The command `quire`: serve, chat, bench, plan, kv, trace, health.
+"""The command `quire`: serve, run-batch, chat, bench, plan, kv, trace, health.
 
 This module is imported again by the spawned engine process and answers `--help`, so it imports
 nothing heavy: each command fetches what it needs when it runs.
@@ -79,6 +79,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return made
 
     _add_settings(command("serve", "Serve a model over HTTP", _serve, usage=_USAGE, epilog=_HINT))
+    batch = command("run-batch", "Answer a file of requests in OpenAI's batch format", _run_batch)
+    _add_batch(batch)
     _add_chat(command("chat", "Talk to a running server", _chat))
     commands.add_parser("bench", help="Measure a server: tokens/s, TTFT, TPOT (own --help)")
     plan = command("plan", "Tell how much memory a model will take", plan_command.run)
@@ -124,6 +126,17 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("IN", help="JSON lines: custom_id, method, url, body")
+    parser.add_argument("OUT", help="answers; what is there already is not asked for again")
+    parser.add_argument("--errors", metavar="FILE", help="failures (default: OUT.errors.jsonl)")
+    parser.add_argument(
+        "--concurrency", type=int, default=64, help="most requests at a time (default 64)"
+    )
+    parser.add_argument("--url", help="ask this server (default: start the model for the batch)")
+    _add_settings(parser)
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="default: where QUIRE_HOST and QUIRE_PORT point")
     parser.add_argument("--model", help="default: the first that the server names")
@@ -133,6 +146,28 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    from server.launch import serve
+
+    return serve(settings)
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    if arguments.concurrency < 1:
+        raise SettingsError(f"--concurrency must be at least 1, got {arguments.concurrency}")
+    from pathlib import Path
+
+    from server.batch_command import Options, run_against, run_here
+
+    errors = None if arguments.errors is None else Path(arguments.errors)
+    options = Options(Path(arguments.IN), Path(arguments.OUT), errors, arguments.concurrency)
+    if arguments.url is not None:
+        return run_against(options, arguments.url, _local_key())
+    return run_here(options, _settings(arguments))
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """What the flags of `_add_settings`, the environment and a file add up to."""
     flags = {name: getattr(arguments, name) for name in (*FIELDS, CONFIG)}
     if arguments.MODEL is not None:
         if arguments.model not in (None, arguments.MODEL):
@@ -140,10 +175,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 f"model must be given once, got {arguments.MODEL} and --model {arguments.model}"
             )
         flags["model"] = arguments.MODEL
-    settings = Settings.read(flags)
-    from server.launch import serve
-
-    return serve(settings)
+    return Settings.read(flags)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
