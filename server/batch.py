@@ -1,7 +1,7 @@
 """Batches of requests in OpenAI's file format: one request per line in, one answer per line out.
 
     in    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
-    out   {"id": "batch_req_..", "custom_id": "a", "response": {"status_code": 200, ..}, "error": null}
+    out   {"id": "..", "custom_id": "a", "response": {"status_code": 200, ...}, "error": null}
 
 Answers are written as they come, whatever the order of the requests. What failed stands in a file
 of its own, in the same format. A batch that was stopped goes on where it was: answers that are
