@@ -80,7 +80,7 @@ async def _started(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
         engine = await connect(settings, lines.show)
     try:
         lifecycle = Lifecycle(math.inf, engine)
-        app = build_app(settings, KeyRing(), None, lifecycle, engine)
+        app = build_app(settings, KeyRing(), None, lifecycle, engine, {})
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             yield client
