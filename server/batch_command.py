@@ -14,14 +14,14 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from configs import logs
 from configs.settings import Settings, SettingsError
 from engine.client import EngineStartError, connect
-from server import batch
+from server import batch, progress
 from server.cli import FAILED, MISUSED, OK
 from server.keys import KeyRing
 from server.launch import build_app
 from server.lifecycle import Lifecycle
-from server.progress import ProgressLines
 
 STOPPED = 130  # as a shell has it of Ctrl-C
 
@@ -61,8 +61,8 @@ def run_here(options: Options, settings: Settings) -> int:
         SettingsError: a file cannot be used.
         EngineStartError: the engine failed in a way nobody expected.
     """
-    level = settings.observability.log_level
-    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    wanted = settings.observability
+    logs.configure(wanted.log_level, wanted.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     try:
         return _run(options, _started(settings))
@@ -76,7 +76,7 @@ def run_here(options: Options, settings: Settings) -> int:
 @asynccontextmanager
 async def _started(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application itself, without a port, over an engine of its own."""
-    with ProgressLines(sys.stderr) as lines:
+    with progress.display(text=logs.is_text(settings.observability.log_format)) as lines:
         engine = await connect(settings, lines.show)
     try:
         lifecycle = Lifecycle(math.inf, engine)

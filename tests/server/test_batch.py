@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,20 @@ def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cli.main(command) == cli.FAILED
     [failure] = read(tmp_path / "out.errors.jsonl")
     assert (failure["response"], failure["error"]["code"]) == (None, "connection_error")
+
+
+def test_a_model_of_its_own(tmp_path: Path) -> None:
+    """The embedded one, without a port."""
+    source = written(tmp_path / "in.jsonl", [line(str(i), max_tokens=2) for i in range(3)])
+    out = tmp_path / "out.jsonl"
+    settings = ["--cpu-threads", "1", "--kv-cache-memory-bytes", "16MiB"]
+    command = [sys.executable, "-m", "server", "run-batch", str(source), str(out), *settings]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == cli.OK, ended.stderr
+    assert "3/3" in ended.stderr
+    answers = read(out)
+    assert sorted(one["custom_id"] for one in answers) == ["0", "1", "2"]
+    assert {one["response"]["body"]["model"] for one in answers} == {"quire-embedded"}
 
 
 @pytest.mark.parametrize(
