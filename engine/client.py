@@ -56,7 +56,15 @@ class EngineStopped(EngineDead):
 
 
 class RequestFailed(RuntimeError):
-    """The engine ended this one request because of an error of its own."""
+    """The engine ended this one request because of an error of its own, or of a deadline.
+
+    Attributes:
+        code: see `Failure`.
+    """
+
+    def __init__(self, message: str, code: str = "request_failed") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineStartError(RuntimeError):
@@ -318,12 +326,14 @@ class _StreamingClient:
         for refusal in output.refused:
             error = InvalidRequest(refusal.message, refusal.param, refusal.code)
             self._streams.pop(refusal.request_id).fail(error)
-        for failure in output.failed:
-            if failure.request_id in self._streams:
-                self._streams.pop(failure.request_id).fail(RequestFailed(failure.message))
         for delta in output.deltas:
             if self._streams[delta.request_id].put(delta):
                 del self._streams[delta.request_id]
+        for failure in output.failed:
+            if failure.request_id in self._streams:
+                self._streams.pop(failure.request_id).fail(
+                    RequestFailed(failure.message, failure.code)
+                )
 
     def _die(self, why: EngineDead) -> None:
         """Every stream ends with `why`."""

@@ -144,6 +144,8 @@ class EngineLoop:
     def step(self) -> None:
         """Plans, computes and commits one step. An exception ends the requests in it, no others."""
         self._meter.begin()
+        text = "the deadline is over, or would be before an answer"
+        self._tell_ended(self.scheduler.expire(), text, "deadline_exceeded")
         if self._trace:
             self._trace.begin()
         plan = self.scheduler.schedule()
@@ -176,18 +178,20 @@ class EngineLoop:
         if self._failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
         text = f"{type(error).__name__} in the engine's step"
-        failures: dict[str, Failure] = {}
-        for item in self.scheduler.fail(plan):
-            request_id = item.seq.request.id
-            failure = failures.setdefault(request_id, Failure(request_id, text, []))
-            failure.receipts.append(_receipt(item.seq))
+        failed = self._tell_ended(self.scheduler.fail(plan), text, "request_failed")
         logger.error(
-            "step %d failed",
-            plan.id,
-            exc_info=error,
-            extra={"fields": {"requests": list(failures)}},
+            "step %d failed", plan.id, exc_info=error, extra={"fields": {"requests": failed}}
         )
+
+    def _tell_ended(self, progress: list[Progress], text: str, code: str) -> list[str]:
+        """Says why requests were ended, once for each of them; returns their ids."""
+        failures: dict[str, Failure] = {}
+        for item in progress:
+            request_id = item.seq.request.id
+            failure = failures.setdefault(request_id, Failure(request_id, text, code, []))
+            failure.receipts.append(_receipt(item.seq))
         self._output.failed.extend(failures.values())
+        return list(failures)
 
     def _tell(self, progress: list[Progress]) -> None:
         for item in progress:

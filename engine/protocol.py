@@ -165,14 +165,16 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A request that the engine had to end because of an exception of its own.
+    """A request that the engine had to end.
 
     Attributes:
+        code: `request_failed` after an exception of the engine's own, or `deadline_exceeded`.
         receipts: one for each of its answers that had not ended yet.
     """
 
     request_id: str
     message: str
+    code: str
     receipts: list[Receipt] = []
 
 

@@ -138,6 +138,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         tenant: whose request it is: a name of the API key, never the key; "" without keys.
         priority: lower ones are started first, and give way last.
         cache_salt: requests with different salts never share cached blocks.
+        deadline: `time.monotonic()` by which it must be answered, or is ended; None for no such
+            time.
+        ttft_deadline: the same for its first token.
         arrival: `time.monotonic()` when the front door took the request.
     """
 
@@ -148,6 +151,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     priority: int = 0
     cache_salt: str = ""
+    deadline: float | None = None
+    ttft_deadline: float | None = None
     arrival: float = 0.0
 
     def __post_init__(self) -> None:
@@ -173,6 +178,8 @@ def build(
     tenant: str = "",
     priority: int = 0,
     cache_salt: str = "",
+    deadline: float | None = None,
+    ttft_deadline: float | None = None,
     param: str = "prompt",
 ) -> Request:
     """The one door: a validated `Request` or an `InvalidRequest`.
@@ -218,6 +225,8 @@ def build(
         tenant=tenant,
         priority=priority,
         cache_salt=cache_salt,
+        deadline=deadline,
+        ttft_deadline=ttft_deadline,
         arrival=time.monotonic(),
     )
 

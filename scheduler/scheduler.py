@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from paged_cache.block_copy import BlockCopy
 from paged_cache.explain import Explanation
 from paged_cache.manager import KVCacheManager, NewBlocks
+from scheduler.deadlines import Deadlines
 from scheduler.fairness import INPUT, OUTPUT, FairShares
 from scheduler.journal import Journal, Wait
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
@@ -77,6 +78,7 @@ class Scheduler:
         self.prefix = PrefixCounts()
         self.waiting = WaitingQueue(shares)
         self.running: list[Sequence] = []  # by rank
+        self._deadlines = Deadlines()
         self._requests: dict[str, list[Sequence]] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._planned: dict[int, _Awaited] = {}  # by plan id
@@ -120,6 +122,7 @@ class Scheduler:
             seqs.append(Sequence(request, index, self._next_order, blocks, needed, leader))
             self._next_order += 1
         self._requests[request.id] = seqs
+        self._deadlines.add(request)
         for seq in seqs:
             self.waiting.add(seq)
             self._journal.queued(seq)
@@ -134,6 +137,12 @@ class Scheduler:
         for seq in live:
             self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
+
+    def expire(self) -> list[Progress]:
+        """Ends the requests whose deadline is over, and those in the queue that cannot meet theirs
+        as far as can be told from how fast the queue goes on."""
+        late = self._deadlines.late(self._clock(), self._requests, self.waiting)
+        return [item for request_id in late for item in self.abort(request_id, "deadline")]
 
     @property
     def num_deferred(self) -> int:
@@ -170,6 +179,8 @@ class Scheduler:
         if self.waiting:
             first = self.waiting.first(lambda s: not self._waits_for_leader(s))
             self._journal.waits(first or next(iter(self.waiting)), why)
+        else:
+            self._deadlines.rate.rest()
         self._close(step)
         return step.plan
 
@@ -283,6 +294,7 @@ class Scheduler:
             seq.num_cached = found
             self.prefix.queries += len(seq.tokens)
             self.prefix.hits += found
+            self._deadlines.rate.started(1 if seq.leader else seq.num_prompt, self._clock())
             self.waiting.shares.serve(seq.request.tenant, INPUT * (seq.num_prompt - found))
         else:
             self.prefix.recovered += found
@@ -386,6 +398,7 @@ class Scheduler:
         self._journal.finished(seq, reason)
         if all(s.status is Status.FINISHED for s in self._requests[seq.request.id]):
             del self._requests[seq.request.id]
+            self._deadlines.discard(seq.request.id)
 
     def _vacate(self, seq: Sequence) -> None:
         self.running.remove(seq)

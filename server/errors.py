@@ -109,6 +109,10 @@ def from_exception(error: Exception) -> ApiError:
             return unavailable("the server is shutting down", "shutting_down")
         case EngineDead():
             return unavailable("the engine is not running", "engine_dead")
+        case RequestFailed(code="deadline_exceeded"):
+            return ApiError(
+                504, str(error), code="deadline_exceeded", headers={"x-should-retry": "false"}
+            )
         case RequestFailed():
             return ApiError(500, str(error) or "the engine failed", code="request_failed")
         case HTTPException():

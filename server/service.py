@@ -30,6 +30,7 @@ from server.spans import Spans
 from server.sse import Envelope, UsageOptions
 from server.tokenizer import TextModel
 
+MAX_DEADLINE_MS = 86_400_000  # a day
 MAX_ANSWERS = 10_000  # of one HTTP request: 1,000 prompts of n = 128 would stall all streams
 
 prompts = logging.getLogger(PROMPTS)
@@ -182,6 +183,8 @@ class Service:
             n=1 if body.n is None else body.n,
             tenant=http.scope["state"].get("tenant", ""),
             priority=body.priority or 0,
+            deadline=_deadline(http, "x-deadline-ms"),
+            ttft_deadline=_deadline(http, "x-ttft-deadline-ms"),
             cache_salt=body.cache_salt or "",
             param=param,
         )
@@ -253,6 +256,22 @@ class Service:
             model=body.model or self.names[0],
             system_fingerprint=self._fingerprint,
         )
+
+
+def _deadline(http: HttpRequest, header: str) -> float | None:
+    """The monotonic time that a header of milliseconds after the arrival means; None without one.
+
+    Raises:
+        ApiError: 400 where it is no number above 0.
+    """
+    given = http.headers.get(header)
+    if given is None:
+        return None
+    number = given.isascii() and given.isdecimal() and len(given) < 10
+    if not number or not 0 < int(given) <= MAX_DEADLINE_MS:
+        raise invalid(header, f"{header} must be 1 to {MAX_DEADLINE_MS} milliseconds, got {given}")
+    arrival: float = http.scope["state"]["arrival"]
+    return arrival + int(given) / 1000
 
 
 def usage_options(body: GenerationBody) -> UsageOptions:

@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
@@ -137,3 +138,14 @@ def test_a_device_that_always_fails_ends_the_engine():
     batches = [[Submit([make_request(str(i), [1])])] for i in range(MAX_FAILED_STEPS)]
     with pytest.raises(ValueError, match="kernel failed"):
         run(loop, *batches)
+
+
+def test_a_request_past_its_deadline_is_reported_and_nothing_of_it_computed():
+    loop = make()
+    late = msgspec.structs.replace(make_request("late", [1, 2], n=2), deadline=0.0)
+    outputs = run(loop, [Submit([late, make_request("b", [3], max_tokens=1)])])
+    [failure] = [failure for output in outputs for failure in output.failed]
+    assert (failure.request_id, failure.code) == ("late", "deadline_exceeded")
+    assert len(failure.receipts) == 2
+    assert {delta.request_id for output in outputs for delta in output.deltas} == {"b"}
+    assert loop.runner.computed == 1

@@ -84,7 +84,7 @@ class FakeEngine:
     per_step: int = 1
     step_seconds: float = 0.0
     admit_seconds: float = 0.0
-    refuse: InvalidRequest | None = None
+    refuse: InvalidRequest | RequestFailed | None = None
     fail_after: int | None = None
     cached_tokens: int = 0
     receipt: Receipt = field(default_factory=lambda: Receipt(0.25, 0.5, 2.0, 7, 1, 3, 4.5))

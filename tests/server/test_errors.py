@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.client import RequestFailed
 from scheduler.request import InvalidRequest
 from server import service
 from server.fields import UNSUPPORTED
@@ -330,3 +331,32 @@ def test_dead_engine_is_not_healthy(front: Door) -> None:
     dead = door(says("x", alive=False)).get("/health")
     assert (dead.status_code, dead.json()["status"]) == (503, "dead")
     assert dead.json()["error"]["code"] == "engine_dead"
+
+
+def test_a_deadline_that_cannot_be_met() -> None:
+    late = RequestFailed("too late", "deadline_exceeded")
+    for stream in (False, True):
+        response = door(says("hello", refuse=late)).chat(stream=stream)
+        assert response.status_code == 504
+        assert response.headers["x-should-retry"] == "false"
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_deadlines_count_from_the_arrival() -> None:
+    engine = says("hello")
+    headers = {"x-deadline-ms": "60000", "x-ttft-deadline-ms": "1"}
+    path = "/v1/chat/completions"
+    assert door(engine).call("POST", path, json=CHAT, headers=headers).status_code == 200
+    [request] = engine.submitted
+    assert request.deadline is not None
+    assert request.ttft_deadline is not None
+    assert request.deadline - request.ttft_deadline == pytest.approx(59.999)
+    assert request.ttft_deadline <= request.arrival + 0.001
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "1.5", "x", "", "999999999999", "86400001"])
+def test_what_is_no_deadline(value: str) -> None:
+    headers = {"x-deadline-ms": value}
+    response = door(says("x")).call("POST", "/v1/completions", json=COMPLETION, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "x-deadline-ms"
