@@ -15,7 +15,7 @@ from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics, Slo
 from server.metrics.http_meter import HttpMeter
-from server.routes import chat, completions, debug, status, steps, tokens
+from server.routes import chat, completions, debug, page, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
 from server.spans import Spans
@@ -64,7 +64,7 @@ def create_app(
     engine.listen(metrics.heard)
     service = Service(engine, text, metrics, served_model_names, limits, lifecycle, spans)
     app = FastAPI(title="Quire", version=__version__)
-    for module in (chat, completions, debug, status, steps, tokens):
+    for module in (chat, completions, debug, page, status, steps, tokens):
         app.include_router(module.router(service))
     errors.install(app)
     openapi.install(app)

@@ -25,7 +25,7 @@ from server.errors import ApiError
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
+OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/startupz"})
 
 LINGER_BYTES = 32 * 2**20  # of a refused body that are thrown away before the connection closes
 LINGER_SECONDS = 5.0
