@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
+from engine import planner
 from engine.jit_compiles import JitCompiles
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, available_host_bytes
@@ -19,7 +20,7 @@ from engine.protocol import COMMON_LENGTH, EngineInfo
 from engine.runner import Runner
 from engine.step_trace import StepTrace
 from kernels import dispatch
-from models import loader, registry
+from models import loader
 from models.config import CheckpointError, ModelConfig
 from models.decoder import CausalLM
 from paged_cache.host_pages import STAGED_BYTES, HostPages
@@ -257,8 +258,8 @@ def _fit_context(limits: Limits, layout: KVLayout, wanted: int | None) -> Limits
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of a model's weights, from its shape alone."""
-    shape = registry.build(config, dtype, torch.device("meta"))
-    return sum(tensor.nbytes for tensor in shape.checkpoint_tensors().values())
+    # Not by a model on the meta device: its first `arange` imports a compiler, which takes seconds.
+    return planner.parameters(config) * dtype.itemsize
 
 
 def _require_weights_fit(needed: int, dtype: torch.dtype, device: torch.device) -> None:
