@@ -49,6 +49,13 @@ def test_a_small_pool_with_evictions_changes_no_answer(path: Path):
     assert loop.scheduler.num_preemptions > 0
 
 
+def test_a_window_larger_than_the_context_hides_nothing(path: Path, tmp_path: Path):
+    item = request("a", SYSTEM[:20], max_tokens=10)
+    wide = checkpoints.make("qwen2-sliding", tmp_path, sliding_window=400)
+    assert answers(engine(wide, max_model_len=32), [item]) == answers(engine(wide), [item])
+    assert answers(engine(path, max_model_len=30), [item]) == alone(path, [item])
+
+
 @pytest.mark.parametrize("length", [1, 16, 17, 70])
 def test_forked_answers_are_those_of_separate_requests(path: Path, length: int):
     """Each answer of n has random numbers of its own; here greedy ones show the copied blocks."""

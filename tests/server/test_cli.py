@@ -114,6 +114,8 @@ def test_help_tells_every_setting() -> None:
         (["serve", "--port=1", "--por=2"], "unknown flag --por; the nearest is --port"),
         (["serve", "a", "b"], "unexpected argument b"),
         (["serve", "--block-size", "20"], "block_size must be one of 8, 16, 32, 64, 128, got 20"),
+        (["serve", "--kv-cache-dtype", "fp7"], "'int8' or 'int4', got fp7"),
+        (["serve", "--preemption", "swap"], "preemption swap needs host_kv_bytes"),
         (["serve", "a", "--model", "b"], "model must be given once, got a and --model b"),
         (["serve", "--config", "h300"], "config must be a file or one of the presets"),
         (["serve", "--host", "no.such.host.invalid"], "host must be an address of this machine"),
@@ -132,6 +134,13 @@ def test_mistakes_are_one_line_and_exit_2(
     error = capsys.readouterr().err
     assert code == 2
     assert line in error and error.count("\n") == 1
+
+
+def test_what_only_the_engine_can_know_is_one_line_and_2_as_well() -> None:
+    done = quire("serve", "--port", "0", "--log-level", "error", "--host-kv-bytes", "100B")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--host-kv-bytes must hold at least one KV block of 48 KiB, got 100 B" in done.stderr
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(
