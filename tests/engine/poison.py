@@ -21,10 +21,10 @@ def poison(loop: EngineLoop) -> EngineLoop:
     """
     runner, pool = loop.runner, loop.scheduler.cache.pool
     assert isinstance(runner, Runner)
-    blocks, dead = runner.storage.blocks, set(range(pool.num_blocks))
+    pages, dead = runner.storage.blocks, set(range(pool.num_blocks))
     take, drop = pool.take, pool.drop
     run, build, logits = runner.run, runner.inputs.build, runner.model.logits
-    nothing = 255 if blocks.dtype == torch.uint8 else float("nan")
+    nothing = 255 if pages.dtype == torch.uint8 else float("nan")
     if runner.host is not None:
         runner.host.pages.fill_(nothing)
 
@@ -33,8 +33,8 @@ def poison(loop: EngineLoop) -> EngineLoop:
         dead.update(taken or ())
         return taken
 
-    def dropping(dropped: Iterable[int]) -> None:
-        dropped = list(dropped)
+    def dropping(blocks: Iterable[int]) -> None:
+        dropped = list(blocks)
         drop(dropped)
         dead.update(b for b in dropped if not pool.refs(b) and pool.key(b) is None)
 
@@ -45,7 +45,7 @@ def poison(loop: EngineLoop) -> EngineLoop:
 
     def building(plan: StepPlan) -> StepInputs:
         """Runs between the copies of a step, which may read dead blocks, and its forward pass."""
-        blocks[:, :, sorted(dead - copied(plan))] = nothing
+        pages[:, :, sorted(dead - copied(plan))] = nothing
         dead.clear()
         return build(plan)
 

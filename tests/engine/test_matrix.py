@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.loop import EngineLoop
+from engine.runner import Runner
 from tests.engine.drive import engine
 from tests.engine.guests import (
     CONTEXT,
@@ -52,7 +53,10 @@ class Feature:
 def pages_are(dtype: str) -> Feature:
     others = frozenset({"fp8_e4m3", "int8", "int4"} - {dtype})
     return Feature(
-        lambda loop, told: getattr(loop.runner.inputs.pages[0], "format", None) == dtype,
+        lambda loop, told: (
+            isinstance(loop.runner, Runner)
+            and getattr(loop.runner.inputs.pages[0], "format", None) == dtype
+        ),
         {"kv_cache_dtype": dtype},
         excludes=others,
     )
@@ -120,7 +124,8 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str], Alon
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pair(pair: tuple[str, str], solo: Callable[[bool, str], Alone]) -> None:
     features = [FEATURES[name] for name in pair]
-    settings, menu = dict(BASE), {}
+    settings: dict[str, Any] = dict(BASE)
+    menu: dict[str, Any] = {}
     for feature in features:
         settings |= feature.settings
         menu |= feature.menu
