@@ -13,6 +13,8 @@ import torch
 
 from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
 from engine import planner
+from engine.grammar import GrammarCache, GrammarCompiler
+from engine.grammar_masks import GrammarMasks
 from engine.jit_compiles import JitCompiles
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, available_host_bytes
@@ -114,10 +116,14 @@ def assemble(
         groups=group_layers(model.layer_windows),
         format=format,
     )
-    layout = replace(layout, num_blocks=_num_blocks(settings, model, layout, limits, device))
+    eos = list(config.eos_token_ids)
+    grammars = GrammarCache(GrammarCompiler(path, config.vocab_size, eos))
+    masks = GrammarMasks(grammars, config.vocab_size)
+    blocks = _num_blocks(settings, model, layout, limits, masks, device)
+    layout = replace(layout, num_blocks=blocks)
     limits = _fit_context(limits, layout, settings.model.max_model_len)
     host_blocks = _host_blocks(settings.cache.host_kv_bytes, layout)
-    runner = _runner(model, layout, backend, limits, device, host_blocks)
+    runner = _runner(model, layout, backend, limits, masks, device, host_blocks)
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
     report("warm-up", 0, 1, "first steps")
     _warm_up(runner, limits)
@@ -145,7 +151,8 @@ def assemble(
     )
     prefix_caching = settings.cache.enable_prefix_caching
     info = _info(path, model, layout, limits, device, host_blocks, prefix_caching)
-    return EngineLoop(scheduler, runner, info, trace, jit_compiles=JitCompiles().watch())
+    compiles = JitCompiles().watch()
+    return EngineLoop(scheduler, runner, info, trace, grammars=grammars, jit_compiles=compiles)
 
 
 def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) -> Preemption:
@@ -273,7 +280,12 @@ def _require_weights_fit(needed: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _num_blocks(
-    settings: Settings, model: CausalLM, layout: KVLayout, limits: Limits, device: torch.device
+    settings: Settings,
+    model: CausalLM,
+    layout: KVLayout,
+    limits: Limits,
+    masks: GrammarMasks,
+    device: torch.device,
 ) -> int:
     """How many KV blocks the pool gets."""
     cache = settings.cache
@@ -283,7 +295,8 @@ def _num_blocks(
     if cache.kv_cache_memory_bytes is not None:
         pool = cache.kv_cache_memory_bytes
     elif device.type == "cuda":
-        pool = _free_after_profile(model, layout, limits, cache.gpu_memory_utilization, device)
+        share = cache.gpu_memory_utilization
+        pool = _free_after_profile(model, layout, limits, masks, share, device)
         if cache.host_kv_bytes is not None:
             pool -= 2 * STAGED_BYTES
     else:
@@ -332,11 +345,16 @@ def _require_pool_fits(num_bytes: int, device: torch.device) -> None:
 
 
 def _free_after_profile(
-    model: CausalLM, layout: KVLayout, limits: Limits, utilization: float, device: torch.device
+    model: CausalLM,
+    layout: KVLayout,
+    limits: Limits,
+    masks: GrammarMasks,
+    utilization: float,
+    device: torch.device,
 ) -> int:
     """GPU bytes left for the pool, measured by running one largest step on a pool of one block."""
     torch.cuda.reset_peak_memory_stats(device)
-    runner = _runner(model, layout, dispatch.backend(device), limits, device)
+    runner = _runner(model, layout, dispatch.backend(device), limits, masks, device)
     _largest_step(runner, limits)
     peak = torch.cuda.max_memory_allocated(device)
     del runner
@@ -354,6 +372,7 @@ def _runner(
     layout: KVLayout,
     backend: dispatch.Backend,
     limits: Limits,
+    masks: GrammarMasks,
     device: torch.device,
     num_host_blocks: int = 0,
 ) -> Runner:
@@ -363,6 +382,7 @@ def _runner(
         backend,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
+        grammars=masks,
         device=device,
         num_host_blocks=num_host_blocks,
     )

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 
 from configs.settings import Settings
+from engine.grammar_check import GrammarChecks
 from engine.protocol import (
     Abort,
     EngineInfo,
@@ -42,7 +43,7 @@ from engine.protocol import (
     TraceView,
 )
 from paged_cache.explain import Explanation
-from scheduler.request import InvalidRequest, Request
+from scheduler.request import Grammar, InvalidRequest, Request
 
 STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is killed
 
@@ -219,6 +220,13 @@ class _StreamingClient:
     def _send(self, message: ToEngine) -> None:
         raise NotImplementedError
 
+    async def _check(self, grammar: Grammar) -> None:
+        """Tries a grammar out before it is sent.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
+
     @property
     def info(self) -> EngineInfo:
         assert self._info is not None, "the engine is not started"
@@ -247,6 +255,8 @@ class _StreamingClient:
             raise EngineDead("the engine is gone")
         if request.id in self._streams:
             raise InvalidRequest(f"request id {request.id!r} is in use", "id")
+        if request.sampling.grammar is not None:
+            await self._check(request.sampling.grammar)
         self._note_new_work()
         stream = self._streams[request.id] = _Stream(request, self.abort)
         self._flush_soon()
@@ -373,6 +383,7 @@ class ProcessEngine(_StreamingClient):
         outbox.close()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._checks: GrammarChecks | None = None
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(
             target=_write_all, args=(self._outbox, self._to_engine), daemon=True
@@ -429,12 +440,21 @@ class ProcessEngine(_StreamingClient):
     def _send(self, message: ToEngine) -> None:
         self._outbox.put(self._encode(message))
 
+    async def _check(self, grammar: Grammar) -> None:
+        if self._checks is None:
+            self._checks = GrammarChecks(self.info)
+        problem = await self._checks.problem(grammar)
+        if problem is not None:
+            raise grammar.refusal(problem)
+
     async def close(self) -> None:
         if self._writer.is_alive():
             self._stop_reading()
             self._send(Shutdown())
         self._die(EngineStopped("the engine was closed"))
         self._outbox.put(None)
+        if self._checks is not None:
+            self._checks.close()
         await asyncio.to_thread(self._join)
         self._stop_reading()
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from configs.settings import Settings
 from engine.build import build
 from engine.loop import EngineLoop
-from engine.protocol import StepOutput, Submit, TokenDelta
+from engine.protocol import Abort, StepOutput, Submit, TokenDelta
 from scheduler import request as requests
 from scheduler.request import InvalidRequest, SamplingParams
 
@@ -84,13 +84,14 @@ class LLM:
         self._loop.take(Submit(batch))
         try:
             with tqdm(total=n * len(batch), disable=not use_tqdm, unit="answer") as bar:
-                while self._loop.scheduler.has_work:
+                while self._loop.has_work:
                     self._loop.step()
                     bar.update(_collect(self._loop.collect(), answers))
                 _collect(self._loop.collect(), answers)
         finally:
-            for request in batch:  # does nothing unless an exception left some of them
-                self._loop.scheduler.abort(request.id)
+            # Does nothing unless an exception left some of them.
+            self._loop.take(Abort([request.id for request in batch]))
+            self._loop.collect()
         return [self._output(request.prompt_ids, answers[request.id]) for request in batch]
 
     def _request(

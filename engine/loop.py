@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 from typing import Protocol
 
+from llguidance import LLMatcher
+
 from engine.fragmentation import Fragmentation
+from engine.grammar import GrammarCache, GrammarCompiler, GrammarError
 from engine.jit_compiles import JitCompiles
 from engine.protocol import (
     Abort,
@@ -37,13 +42,15 @@ from engine.step_trace import StepTrace
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import InvalidRequest, Request
 from scheduler.scheduler import Progress, Scheduler
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, Status
 
 logger = logging.getLogger("quire.engine")
 
 # A step that raises ends the requests in it. So many in a row mean that the device, not a
 # request, is broken: better to die and be restarted than to fail everybody slowly.
 MAX_FAILED_STEPS = 8
+
+COMPILE_WAIT = 0.005  # seconds between two looks at the inbox while grammars alone are worked on
 
 
 class PlanRunner(Protocol):
@@ -82,6 +89,7 @@ class EngineLoop:
         runner: PlanRunner,
         info: EngineInfo,
         trace: StepTrace | None = None,
+        grammars: GrammarCache | None = None,
         meter: StepMeter | None = None,
         jit_compiles: JitCompiles | None = None,
     ) -> None:
@@ -89,6 +97,8 @@ class EngineLoop:
         self.runner = runner
         self.info = info
         self.progress = 0
+        self._grammars = grammars or _grammars_of(info)
+        self._deferred: dict[str, tuple[Request, Future[LLMatcher]]] = {}
         self._trace = trace
         self._meter = meter or StepMeter()
         self._jit_compiles = jit_compiles or JitCompiles()
@@ -98,11 +108,16 @@ class EngineLoop:
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something, or a grammar is being compiled."""
+        return self.scheduler.has_work or bool(self._deferred)
+
     def run(self, inbox: Inbox, send: Callable[[StepOutput | Reply], None]) -> None:
         """Serves until `Shutdown` or the end of the inbox."""
         while True:
             try:
-                messages = inbox.drain(wait=not self.scheduler.has_work)
+                messages = inbox.drain(wait=not self.has_work)
             except EOFError:
                 return
             for message in messages:
@@ -116,7 +131,7 @@ class EngineLoop:
                     send(Explained(message.id, self.scheduler.explain(message.request)))
                 else:
                     self.take(message)
-            if self.scheduler.has_work:
+            if self.has_work:
                 self.step()
             send(self.collect())
 
@@ -124,25 +139,59 @@ class EngineLoop:
         """Queues or ends requests. What it has to say is in the next `collect`."""
         if isinstance(message, Abort):
             for request_id in message.request_ids:
-                self._tell(self.scheduler.abort(request_id))
+                self._abort(request_id)
             for request_id, index in message.answers:
                 self._tell(self.scheduler.abort(request_id, index=index))
             return
         for request in message.requests:
-            self._submit(request)
+            grammar = request.sampling.grammar
+            if grammar is None:
+                self._submit(request)
+            else:
+                self._deferred[request.id] = request, self._grammars.get(grammar)
+
+    def _abort(self, request_id: str) -> None:
+        deferred = self._deferred.pop(request_id, None)
+        if deferred is None:
+            self._tell(self.scheduler.abort(request_id))
+        else:
+            self._output.deltas.extend(
+                TokenDelta(request_id, index, [], "abort") for index in range(deferred[0].n)
+            )
+
+    def _submit_compiled(self) -> None:
+        """Queues the requests whose grammar is ready."""
+        ready = [pair for pair in self._deferred.values() if pair[1].done()]
+        for request, compiled in ready:
+            del self._deferred[request.id]
+            error = compiled.exception()
+            if error is None:
+                self._submit(request)
+            elif isinstance(error, GrammarError):
+                assert request.sampling.grammar is not None
+                self._refuse(request.id, request.sampling.grammar.refusal(str(error)))
+            else:
+                raise error
+
+    def _refuse(self, request_id: str, error: InvalidRequest) -> None:
+        self._output.refused.append(Refusal(request_id, error.message, error.param, error.code))
 
     def _submit(self, request: Request) -> None:
         try:
             self.scheduler.add(request)
         except InvalidRequest as error:
-            refusal = Refusal(request.id, error.message, error.param, error.code)
-            self._output.refused.append(refusal)
+            self._refuse(request.id, error)
         else:
             self._prompt_tokens += len(request.prompt_ids)
             self._output.admitted.append(request.id)
 
     def step(self) -> None:
         """Plans, computes and commits one step. An exception ends the requests in it, no others."""
+        if self._deferred:
+            self._submit_compiled()
+        if not self.scheduler.has_work:
+            wait([pair[1] for pair in self._deferred.values()], COMPILE_WAIT, FIRST_COMPLETED)
+            return
         self._meter.begin()
         text = "the deadline is over, or would be before an answer"
         self._tell_ended(self.scheduler.expire(), text, "deadline_exceeded")
@@ -166,10 +215,20 @@ class EngineLoop:
             self.scheduler.preemption.computing.observe(plan.num_tokens, seconds)
         self._failed_in_a_row = 0
         self._steps += 1
+        if result.broken:
+            self._end_broken(result.broken)
         self._tell(self.scheduler.commit(result))
         if self._trace:
             self._trace.ended(plan.id)
         self._report = self._meter.ended(plan.num_tokens)
+
+    def _end_broken(self, broken: dict[int, str]) -> None:
+        """Ends requests whose grammar cannot go on, before their tokens are taken in."""
+        for seq in [seq for seq in self.scheduler.running if seq.slot in broken]:
+            grammar = seq.request.sampling.grammar
+            if seq.status is Status.RUNNING and grammar is not None:
+                self._refuse(seq.request.id, grammar.refusal(broken[seq.slot]))
+                self.scheduler.abort(seq.request.id)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         if self._trace:
@@ -294,3 +353,7 @@ def _view(seq: Sequence) -> SequenceView:
         swaps=seq.num_swaps,
         tables=[table.blocks for table in seq.blocks.tables],
     )
+
+
+def _grammars_of(info: EngineInfo) -> GrammarCache:
+    return GrammarCache(GrammarCompiler(Path(info.model_path), info.vocab_size, info.eos_token_ids))

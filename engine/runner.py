@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.grammar_masks import GrammarMasks, Masks, forbid
 from engine.inputs import InputBuilder, StepInputs
 from engine.logit_rules import apply_rules
 from engine.logprobs import prompt_rows, score, score_prompt
@@ -38,10 +39,12 @@ class Runner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        grammars: GrammarMasks,
         device: torch.device,
         num_host_blocks: int = 0,
     ) -> None:
         self.model = model
+        self.grammars = grammars
         self.storage = KVStorage(layout, device)
         self.host = host_pages(self.storage, num_host_blocks, backend) if num_host_blocks else None
         self.state = SlotState(
@@ -61,6 +64,8 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Computes one plan and reads its sampled tokens back."""
         self.state.apply(plan)
+        self.grammars.admit(plan)
+        filling = self.grammars.begin(plan)
         if plan.copies:
             self._copy(plan.copies)
         if not plan.scheduled:
@@ -70,8 +75,12 @@ class Runner:
         prompt_scores = self._score_prompts(plan, hidden)
         if not inputs.sampled_rows.shape[0]:
             return StepResult(plan.id, [], prompt_scores=prompt_scores)
-        tokens, scores = self._sample(inputs, hidden)
-        return StepResult(plan.id, tokens, scores, prompt_scores)
+        masks = filling.result() if filling else None
+        tokens, scores = self._sample(inputs, hidden, masks)
+        self.grammars.take(plan, tokens)
+        return StepResult(
+            plan.id, tokens, scores, prompt_scores, broken=masks.broken if masks else {}
+        )
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         """All copies of a kind at once, in the order of the kinds (`StepPlan`)."""
@@ -84,12 +93,17 @@ class Runner:
             target = self.state.to_device([copy.dst for copy in cow], torch.int64)
             self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
-    def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[list[int], list[Scores | None]]:
+    def _sample(
+        self, inputs: StepInputs, hidden: Tensor, masks: Masks | None
+    ) -> tuple[list[int], list[Scores | None]]:
         if inputs.sampled_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[inputs.sampled_rows]
         logits = self.model.logits(hidden)
         state, slots, at = self.state, inputs.sampled_slots, inputs.sampled_at
         ruled = apply_rules(logits, state, slots, at, inputs.traits)
+        if masks is not None:
+            rows = state.to_device(masks.rows, torch.int64)
+            ruled = forbid(ruled, rows, state.move(torch.from_numpy(masks.bits)))
         tokens = sample(ruled, state, slots, inputs.traits, inputs.uniforms)
         state.tokens[slots, at] = tokens.int()
         return tokens.tolist(), self._score(logits, tokens, inputs.traits)

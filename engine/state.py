@@ -94,9 +94,10 @@ class SlotState:
 
     def to_device(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         """A host list as a device tensor, without waiting for the device."""
-        return self._move(torch.tensor(values, dtype=dtype))
+        return self.move(torch.tensor(values, dtype=dtype))
 
-    def _move(self, host: Tensor) -> Tensor:
+    def move(self, host: Tensor) -> Tensor:
+        """A host tensor on the device, without waiting for it."""
         if self.device.type == "cpu":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
@@ -151,7 +152,7 @@ class SlotState:
             [np.arange(s, s + len(p)) for s, p in zip(starts, pieces, strict=True)]
         )
         values = self.to_device(list(chain.from_iterable(pieces)), torch.int32)
-        rows.view(-1)[self._move(torch.from_numpy(where))] = values
+        rows.view(-1)[self.move(torch.from_numpy(where))] = values
 
 
 def _traits(params: SamplingParams, num_edits: int) -> tuple[int | bool, ...]:

@@ -125,9 +125,11 @@ class StepResult:
         tokens: one id for each scheduled sequence with `wants_token`, in the plan's order.
         scores: of those tokens, None where nobody asked; empty where nobody at all did.
         prompt_scores: one for each scheduled sequence with `num_scored`, in the plan's order.
+        broken: slots whose grammar cannot go on, and why; their tokens mean nothing.
     """
 
     plan_id: int
     tokens: list[int]
     scores: list[Scores | None] = field(default_factory=list)
     prompt_scores: list[Scores] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)

@@ -8,6 +8,7 @@ tests) builds these very types; their `__post_init__` is the one place that chec
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import msgspec
 
@@ -38,6 +39,24 @@ def _require(ok: bool, param: str, limit: str, value: object) -> None:
         raise InvalidRequest(f"{param} must be {limit}, got {value!r}", param)
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """The only form that an answer may take.
+
+    Attributes:
+        kind: what `text` is: a JSON schema, a regular expression (Rust's syntax, for the whole
+            answer), or a grammar in llguidance's dialect of Lark.
+        param: the client's name of the field it came in, for errors.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    param: str = "structured_outputs"
+
+    def refusal(self, why: str) -> InvalidRequest:
+        """What a client is told about a grammar that is none."""
+        return InvalidRequest(f"{self.param} cannot be used: {why}", self.param)
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when to stop. Defaults are OpenAI's, not the checkpoint's.
 
@@ -61,6 +80,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: tell the log-probability of each token, and of so many of the likeliest; None
             tells nothing. They are those of the model: before temperature and everything above.
         prompt_logprobs: the same for the prompt's tokens but the first.
+        grammar: what the answer must match; the end of a match ends the answer.
     """
 
     temperature: float = 1.0
@@ -78,6 +98,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         # `not (a <= x <= b)` also refuses NaN.

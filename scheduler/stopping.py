@@ -23,7 +23,8 @@ def finish_reason(
     token = seq.tokens[-1]
     if token in sampling.stop_token_ids:
         return "stop", token
-    if token in eos_token_ids and not sampling.ignore_eos:
+    # A grammar allows the end only where nothing else may follow, or where the model chose it.
+    if token in eos_token_ids and (not sampling.ignore_eos or sampling.grammar is not None):
         return "stop", None
     generated = len(seq.tokens) - seq.num_prompt
     if sampling.max_tokens is not None and generated >= sampling.max_tokens:

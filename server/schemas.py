@@ -108,6 +108,45 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
+class Exact(Body):
+    """An object in which an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JsonSchema(Exact):
+    """`strict` changes nothing: a schema is always held to."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+def _schema_kind(value: object) -> str:
+    return "<str>" if isinstance(value, str) else "<schema>"
+
+
+Schema = Annotated[
+    Annotated[str, Tag("<str>")] | Annotated[dict[str, Any], Tag("<schema>")],
+    Discriminator(_schema_kind),
+]
+
+
+class ResponseFormat(Exact):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Exact):
+    """vLLM's name for what the answers must match; a schema may come as text."""
+
+    json_: Schema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Strings | None = None
+    grammar: str | None = None
+
+
 class GenerationBody(Body):
     """What chat and completions share. `null` means the default everywhere."""
 
@@ -137,6 +176,8 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None

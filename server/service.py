@@ -28,6 +28,7 @@ from server.metrics import Metrics
 from server.schemas import CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
+from server.structured import grammar_of
 from server.tokenizer import TextModel
 
 MAX_DEADLINE_MS = 86_400_000  # a day
@@ -154,6 +155,7 @@ class Service:
             ignore_eos=bool(body.ignore_eos),
             logprobs=body.answer_logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar_of(body),
         )
 
     def request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -94,6 +96,65 @@ def streamed(client: openai.OpenAI, **options: object) -> tuple[list[str], list[
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     return [texts[i] for i in sorted(texts)], [reasons[i] for i in sorted(reasons)], usage
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+PERSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+
+
+def test_structured_answers_validate(client: openai.OpenAI):
+    """Several of them, streamed and whole."""
+    options = {
+        "messages": QUESTION,
+        "response_format": PERSON_FORMAT,
+        "temperature": 1.5,
+        "seed": 3,
+        "n": 4,
+        "max_tokens": 300,
+    }
+    texts, reasons, _ = streamed(client, **options)
+    assert reasons == ["stop"] * 4
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+    whole = client.chat.completions.create(model=MODEL, **options)
+    assert [choice.message.content for choice in whole.choices] == texts
+
+
+def test_hostile_grammars_are_refused_and_disturb_nobody(server: Server, client: openai.OpenAI):
+    deep = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(20_000)}
+    hostile = [
+        {"json": {"$ref": "#/$defs/d0", "$defs": {**deep, "d20000": {}}}},
+        {"regex": "(ab|c)*d?" * 30_000},
+        {"regex": "(a"},
+        {"grammar": "start: nothing"},
+    ]
+    greedy = {"model": MODEL, "messages": QUESTION, "temperature": 0}
+    alone = client.chat.completions.create(**greedy).choices[0].message.content
+
+    def refused(outputs: dict) -> str:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(
+                **greedy, stream=True, extra_body={"structured_outputs": outputs}
+            )
+        return caught.value.body["param"]
+
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(refused, outputs) for outputs in hostile]
+        others = [pool.submit(client.chat.completions.create, **greedy) for _ in range(3)]
+        assert [other.result().choices[0].message.content for other in others] == [alone] * 3
+        fields = [f"structured_outputs.{next(iter(outputs))}" for outputs in hostile]
+        assert [answer.result() for answer in answers] == fields
+    verified = httpx.get(f"{server.url}/debug/kv/verify").json()
+    assert verified["ok"], verified
 
 
 def test_the_sdk_chats(client: openai.OpenAI):

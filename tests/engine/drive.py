@@ -35,7 +35,7 @@ def answers(loop: EngineLoop, requests: list[Request]) -> dict[str, list[int]]:
     """Submits all at once and steps until everything is answered: token ids by request id."""
     loop.take(Submit(requests))
     tokens: dict[str, list[int]] = {r.id: [] for r in requests}
-    while loop.scheduler.has_work:
+    while loop.has_work:
         loop.step()
         output = loop.collect()
         assert not output.refused, output.refused

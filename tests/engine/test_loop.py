@@ -1,11 +1,15 @@
+from concurrent.futures import Future
+
 import msgspec
 import pytest
 
+from engine.grammar import GrammarError
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
 from engine.protocol import Abort, EngineInfo, Shutdown, StepOutput, Submit
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
 from scheduler.plan import StepPlan, StepResult
+from scheduler.request import Grammar, Request
 from scheduler.scheduler import Scheduler
 from tests.scheduler.fake_device import FakeDevice, expected, make_request
 
@@ -40,10 +44,20 @@ class Device(FakeDevice):
         return super().run(plan)
 
 
-def make() -> EngineLoop:
+class Compiling:
+    """A grammar cache whose compiling ends when a test says so."""
+
+    def __init__(self) -> None:
+        self.compiled: Future = Future()
+
+    def get(self, grammar: Grammar) -> Future:
+        return self.compiled
+
+
+def make(grammars: Compiling | None = None) -> EngineLoop:
     cache = KVCacheManager(BlockPool(INFO.num_blocks), INFO.block_size)
     scheduler = Scheduler(cache, max_num_seqs=4, max_num_batched_tokens=32)
-    return EngineLoop(scheduler, Device(), INFO)
+    return EngineLoop(scheduler, Device(), INFO, grammars=grammars or Compiling())
 
 
 class Script:
@@ -149,3 +163,50 @@ def test_a_request_past_its_deadline_is_reported_and_nothing_of_it_computed():
     assert len(failure.receipts) == 2
     assert {delta.request_id for output in outputs for delta in output.deltas} == {"b"}
     assert loop.runner.computed == 1
+
+
+def with_grammar(name: str, n: int = 1) -> Request:
+    plain = make_request(name, [1, 2, 3], max_tokens=4)
+    held = msgspec.structs.replace(plain.sampling, grammar=Grammar("regex", "a", "a.field"))
+    return msgspec.structs.replace(plain, sampling=held, n=n)
+
+
+def finished(loop: EngineLoop) -> list[str]:
+    return [d.request_id for d in loop.collect().deltas if d.finish_reason == "length"]
+
+
+def test_others_go_on_while_a_grammar_is_compiled():
+    grammars = Compiling()
+    loop = make(grammars)
+    loop.take(Submit([with_grammar("held"), make_request("free", [1, 2, 3], max_tokens=4)]))
+    for _ in range(6):
+        loop.step()
+    assert finished(loop) == ["free"]
+    assert loop.has_work
+    grammars.compiled.set_result(object())
+    while loop.has_work:
+        loop.step()
+    assert finished(loop) == ["held"]
+
+
+def test_a_request_can_be_aborted_while_its_grammar_is_compiled():
+    loop = make()
+    loop.take(Submit([with_grammar("held", n=2)]))
+    loop.take(Abort(["held"]))
+    assert [(d.index, d.finish_reason) for d in loop.collect().deltas] == [
+        (0, "abort"),
+        (1, "abort"),
+    ]
+    assert not loop.has_work
+
+
+def test_a_grammar_that_does_not_compile_is_refused():
+    grammars = Compiling()
+    loop = make(grammars)
+    loop.take(Submit([with_grammar("held")]))
+    grammars.compiled.set_exception(GrammarError("no\n good"))
+    loop.step()
+    (refused,) = loop.collect().refused
+    assert (refused.request_id, refused.param) == ("held", "a.field")
+    assert refused.message == "a.field cannot be used: no good"
+    assert not loop.has_work

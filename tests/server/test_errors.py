@@ -153,8 +153,6 @@ NOT_SERVED: dict[str, Any] = {
     "functions": [{"name": "f"}],
     "guided_json": {},
     "guided_regex": "a*",
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "suffix": "end",
     "tool_choice": "auto",
     "tools": [{"type": "function"}],
