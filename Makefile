@@ -12,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test docker-test k8s-check clean
+.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test dashboards-test docker-test k8s-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18

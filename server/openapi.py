@@ -23,7 +23,6 @@ BODIES: Mapping[str, tuple[type[Body], ...]] = {
 """What each POST route takes: one of these."""
 
 STREAMING = ("/v1/chat/completions", "/v1/completions")
-NOT_JSON: Mapping[str, str] = {"/metrics": "text/plain"}
 
 _REF = "#/components/schemas/{model}"
 _NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -82,8 +81,6 @@ def document(app: FastAPI) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": schema}},
                 }
-            if path in NOT_JSON:
-                answers["200"]["content"] = {NOT_JSON[path]: {"schema": {"type": "string"}}}
             if path in STREAMING:
                 answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return found

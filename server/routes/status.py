@@ -1,4 +1,4 @@
-"""What is served, and how it is: models, health, metrics, version. See `health` for the checks."""
+"""What is served, and how it is: models, health, version. See `health` for the checks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from server import __version__
-from server.metrics.exposition import CONTENT_TYPE
-from server.metrics.scrape import Scrape
 from server.routes.health import checks
 from server.service import Service
 
@@ -17,7 +15,6 @@ from server.service import Service
 def router(service: Service) -> APIRouter:
     """The routes over `service`. None of them asks the engine's process anything."""
     routes = APIRouter()
-    scrape = Scrape(service.metrics.render)
 
     @routes.get("/v1/models")
     async def models() -> Response:
@@ -32,10 +29,6 @@ def router(service: Service) -> APIRouter:
 
     for path, check in checks(service.lifecycle).items():
         routes.add_api_route(path, check, methods=["GET"], name=path.strip("/"))
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        return Response(await scrape.text(), media_type=CONTENT_TYPE)
 
     @routes.get("/version")
     async def version() -> Response:
