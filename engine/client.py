@@ -42,7 +42,6 @@ from engine.protocol import (
     Trace,
     TraceView,
 )
-from paged_cache.explain import Explanation
 from scheduler.request import Grammar, InvalidRequest, Request
 
 STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is killed
@@ -148,8 +147,8 @@ class EngineClient(Protocol):
             EngineDead: the engine is gone.
         """
 
-    async def explain(self, request: Request) -> Explanation:
-        """What the KV cache would find of the request's prompt, and why not more.
+    async def explain(self, request: Request) -> Explained:
+        """What the KV cache would find of the request's prompt, and what would become of it now.
 
         Raises:
             EngineDead: the engine is gone.
@@ -276,9 +275,9 @@ class _StreamingClient:
         found: Trace = await self._ask(ReadTrace(next(self._numbers)))
         return found.view
 
-    async def explain(self, request: Request) -> Explanation:
+    async def explain(self, request: Request) -> Explained:
         found: Explained = await self._ask(Explain(next(self._numbers), request))
-        return found.explanation
+        return found
 
     async def _ask(self, question: Question) -> Any:
         """The message that answers `question`."""

@@ -128,7 +128,9 @@ class EngineLoop:
                 elif isinstance(message, ReadTrace):
                     send(Trace(message.id, self._trace.view() if self._trace else TraceView()))
                 elif isinstance(message, Explain):
-                    send(Explained(message.id, self.scheduler.explain(message.request)))
+                    found = self.scheduler.explain(message.request)
+                    outlook = self.scheduler.outlook(message.request, found.found)
+                    send(Explained(message.id, found, outlook))
                 else:
                     self.take(message)
             if self.has_work:

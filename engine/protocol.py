@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from paged_cache.explain import Explanation
+from scheduler.outlook import Outlook
 from scheduler.plan import Scores as Scores  # the server knows it from here
 from scheduler.request import Request
 from scheduler.stopping import FinishReason
@@ -212,7 +213,8 @@ class ReadTrace(msgspec.Struct, frozen=True, tag=True):
 
 
 class Explain(msgspec.Struct, frozen=True, tag=True):
-    """Asks what would be found of a prompt; answered by an `Explained` with the same `id`."""
+    """Asks what would be found of a prompt and what would become of its request; answered by an
+    `Explained` with the same `id`."""
 
     id: int
     request: Request
@@ -367,6 +369,7 @@ class Trace(msgspec.Struct, frozen=True, tag=True):
 class Explained(msgspec.Struct, frozen=True, tag=True):
     id: int
     explanation: Explanation
+    outlook: Outlook
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

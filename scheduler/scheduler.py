@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from paged_cache.manager import KVCacheManager, NewBlocks
 from scheduler.deadlines import Deadlines
 from scheduler.fairness import INPUT, OUTPUT, FairShares
 from scheduler.journal import Journal, Wait
+from scheduler.outlook import Outlook
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
 from scheduler.preemption import Preemption
 from scheduler.random_numbers import uniform
@@ -105,9 +107,7 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is in use", "id")
-        # The last token of an answer is never read back by attention, so it needs no room.
-        length = len(request.prompt_ids) + (request.sampling.max_tokens or 1) - 1
-        needed = self.cache.most_blocks(length, self.max_num_batched_tokens)
+        needed = self._most_blocks(request)
         if needed > self.cache.pool.num_blocks:
             raise InvalidRequest(
                 f"the request needs {needed} KV blocks of {self.cache.block_size} tokens, but the "
@@ -126,6 +126,12 @@ class Scheduler:
         for seq in seqs:
             self.waiting.add(seq)
             self._journal.queued(seq)
+
+    def _most_blocks(self, request: Request) -> int:
+        """Blocks that one answer of `request` holds at the most."""
+        # The last token of an answer is never read back by attention, so it needs no room.
+        length = len(request.prompt_ids) + (request.sampling.max_tokens or 1) - 1
+        return self.cache.most_blocks(length, self.max_num_batched_tokens)
 
     def abort(
         self, request_id: str, reason: str = "abort", *, index: int | None = None
@@ -158,6 +164,24 @@ class Scheduler:
     def explain(self, request: Request) -> Explanation:
         """What the cache would find of the prompt of `request`, and why not more."""
         return self.cache.explain(request.prompt_ids, request.cache_salt, request.tenant)
+
+    def outlook(self, request: Request, found: int) -> Outlook:
+        """What would become of `request` now; `found` tokens of its prompt are cached."""
+        blocks, cache = self._most_blocks(request), self.cache
+        if blocks > cache.pool.num_blocks:
+            return Outlook("refuse", blocks, wait=None)
+        prompt = len(request.prompt_ids)
+        ahead = [seq for seq in self.waiting if seq.request.priority <= request.priority]
+        missing = cache.most_blocks(prompt, self.max_num_batched_tokens)
+        missing -= found // cache.block_size * len(cache.windows)
+        spare = self.watermark if self.running else 0
+        room = missing + spare <= cache.pool.num_free and self._may_grow(blocks)
+        if room and self._free_slots and not ahead:
+            return Outlook("admit", blocks)
+        rate = self._deadlines.rate.per_second(self._clock())
+        tokens = prompt + sum(1 if seq.leader else seq.num_prompt for seq in ahead)
+        wait = tokens / rate if math.isfinite(rate) else None
+        return Outlook("queue", blocks, len(ahead), wait)
 
     # ------------------------------------------------------------------ one step
 
@@ -221,7 +245,7 @@ class Scheduler:
             seq = self.waiting.first(lambda s: not self._waits_for_leader(s))
             if seq is None:
                 return Wait.LEADER
-            share = self._enter(seq, step.budget) if self._may_grow(seq) else None
+            share = self._enter(seq, step.budget) if self._may_grow(seq.most_blocks) else None
             if share is None:
                 return Wait.BLOCKS
             self.waiting.remove(seq)
@@ -245,13 +269,13 @@ class Scheduler:
             and leader.num_computed < leader.num_prompt
         )
 
-    def _may_grow(self, seq: Sequence) -> bool:
-        """Whether `seq` beside all that run could get every block that it may ask for; without
-        reservations that is left to be seen."""
+    def _may_grow(self, blocks: int) -> bool:
+        """Whether a sequence beside all that run could get the `blocks` that it may ask for;
+        without reservations that is left to be seen."""
         if not self.reserve:
             return True
         most = sum(running.most_blocks for running in self.running)
-        return most + seq.most_blocks <= self.cache.pool.num_blocks
+        return most + blocks <= self.cache.pool.num_blocks
 
     def _enter(self, seq: Sequence, budget: int) -> _Share | None:
         """Blocks for a waiting sequence: those of its leader, those that are found by content, and

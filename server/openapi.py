@@ -18,6 +18,7 @@ BODIES: Mapping[str, tuple[type[Body], ...]] = {
     "/v1/completions": (CompletionBody,),
     "/tokenize": (TokenizeBody, ChatBody),
     "/detokenize": (DetokenizeBody,),
+    "/v1/explain": (ChatBody, CompletionBody),
     "/debug/kv/explain": (ChatBody, CompletionBody),
 }
 """What each POST route takes: one of these."""

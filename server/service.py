@@ -111,7 +111,12 @@ class Service:
     def response_headers(
         self, http: HttpRequest, body: GenerationBody, more: list[str]
     ) -> dict[str, str]:
-        """Names the fields that have no effect; `more` are those that the route found.
+        """Names the fields that have no effect; see `ignored`."""
+        ignored = self.ignored(http, body, more)
+        return {"x-ignored-params": printable(ignored)} if ignored else {}
+
+    def ignored(self, http: HttpRequest, body: GenerationBody, more: list[str]) -> list[str]:
+        """Paths of the fields that have no effect; `more` are those that the route found.
 
         Raises:
             ApiError: 400 for a field that is not served, and with `x-strict: 1` for an ignored one.
@@ -119,12 +124,10 @@ class Service:
         ignored = check_extra(body.model_extra) + more
         if body.stream_options is not None:
             ignored += check_extra(body.stream_options.model_extra, prefix="stream_options.")
-        if not ignored:
-            return {}
-        names = printable(ignored)
-        if http.headers.get("x-strict", "") in ("1", "true"):
+        if ignored and http.headers.get("x-strict", "") in ("1", "true"):
+            names = printable(ignored)
             raise unsupported(ignored[0], f"x-strict refuses what would be ignored: {names}")
-        return {"x-ignored-params": names}
+        return ignored
 
     def sampling(self, body: GenerationBody) -> SamplingParams:
         """The sampling fields, without a `max_tokens` where the client gave none.

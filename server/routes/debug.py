@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -11,10 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from engine.protocol import CacheView
-from scheduler.request import Request
-from server.routes import chat, completions
-from server.schemas import Body, ChatBody, CompletionBody, parse
-from server.service import Prompt, Service
+from server.routes import explain as explained
+from server.service import Service
 
 STATES = ("free", "cached", "used", "shared")
 LETTERS = ".cus"
@@ -45,9 +42,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/debug/kv/explain")
     async def explain(http: HttpRequest) -> Response:
         """Takes the body of a chat or a completion, and computes nothing."""
-        prompts = []
-        for request in await _requests(service, http):
-            found = await service.engine.explain(request)
+        asked, prompts = await explained.read(service, http), []
+        for request in [asked.request(service, http, prompt) for prompt in asked.prompts]:
+            found = (await service.engine.explain(request)).explanation
             prompts.append(
                 {
                     "prompt_tokens": len(request.prompt_ids),
@@ -59,26 +56,6 @@ def router(service: Service) -> APIRouter:
         return _json({"prompts": prompts})
 
     return routes
-
-
-async def _requests(service: Service, http: HttpRequest) -> list[Request]:
-    """What the generation endpoints would make of the same body and key.
-
-    Raises:
-        ApiError, InvalidRequest: they would refuse it.
-    """
-    fields = parse(Body, await http.body(), service.limits).model_extra or {}
-    request_id = "explain"
-    if "messages" in fields:
-        chat_body = await service.read(http, ChatBody)
-        chat.check(service, chat_body)
-        ids = await asyncio.to_thread(chat.prompt_ids, service, chat_body)
-        sampling = service.sampling(chat_body)
-        return [service.request(http, request_id, Prompt(ids), sampling, chat_body, "messages")]
-    body = await service.read(http, CompletionBody)
-    prompts = await asyncio.to_thread(completions.read_prompts, service, body)
-    sampling = service.sampling(body)
-    return completions.build_requests(service, http, request_id, prompts, sampling, body)
 
 
 def describe(view: CacheView) -> dict[str, Any]:

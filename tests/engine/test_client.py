@@ -85,8 +85,9 @@ async def _inspection(client) -> None:
     await stream.aclose()
     await idle(client)
     explained = await client.explain(request("again", [*range(50, 89), 7, 7]))
-    assert explained.found == 32
-    assert [(piece.reason, piece.diverges_at) for piece in explained.missing] == [
+    assert explained.explanation.found == 32
+    assert explained.outlook.verdict == "admit"
+    assert [(piece.reason, piece.diverges_at) for piece in explained.explanation.missing] == [
         ("last_block", None)
     ]
 

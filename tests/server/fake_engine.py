@@ -13,6 +13,7 @@ from engine.protocol import (
     CacheView,
     EngineInfo,
     EngineStats,
+    Explained,
     Inspection,
     Receipt,
     Scores,
@@ -21,6 +22,7 @@ from engine.protocol import (
     TraceView,
 )
 from paged_cache.explain import Explanation
+from scheduler.outlook import Outlook
 from scheduler.request import InvalidRequest, Request
 from scheduler.stopping import FinishReason
 
@@ -75,7 +77,7 @@ class FakeEngine:
         receipt: what every answer took.
         view, problem: what `inspect` answers.
         steps: what `trace` answers.
-        explanation: what `explain` answers.
+        explanation, outlook: what `explain` answers.
         submitted, explained, aborted, aborted_answers, finished: what happened, in order.
     """
 
@@ -97,6 +99,7 @@ class FakeEngine:
     steps: TraceView = field(default_factory=TraceView)
     explanation: Explanation = field(default_factory=lambda: Explanation(0, [0], []))
     submitted: list[Request] = field(default_factory=list)
+    outlook: Outlook = field(default_factory=lambda: Outlook("admit", 1))
     explained: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     aborted_answers: list[tuple[str, int]] = field(default_factory=list)
@@ -200,9 +203,9 @@ class FakeEngine:
             raise EngineDead("it died")
         return self.steps
 
-    async def explain(self, request: Request) -> Explanation:
+    async def explain(self, request: Request) -> Explained:
         self.explained.append(request)
-        return self.explanation
+        return Explained(0, self.explanation, self.outlook)
 
     async def close(self) -> None:
         self.alive = False
