@@ -101,6 +101,12 @@ def _block_size(value: int) -> int:
     return value
 
 
+def _http_url(value: str | None) -> str | None:
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value
+
+
 class Section(BaseModel):
     """A frozen group of settings; an unknown name is an error."""
 
@@ -316,8 +322,8 @@ class ObservabilitySettings(Section):
     ] = 1024
     otlp_traces_endpoint: Annotated[
         str | None,
+        AfterValidator(_http_url),
         Field(
-            pattern=r"^https?://",
             description="Where OpenTelemetry spans go, such as "
             "`http://localhost:4318/v1/traces`; needs the extra `otel`. Default: nowhere",
         ),

@@ -17,21 +17,33 @@ from server.service import Service
 from server.timeline import ids_of, request_fields, step_fields, steps
 
 DEFAULT_STEPS = 100
+FORMATS = ("json", "perfetto")
+
+_QUERY = {  # read by hand, so that errors have the one shape
+    "parameters": [
+        {"name": "format", "in": "query", "schema": {"enum": FORMATS, "default": FORMATS[0]}},
+        {
+            "name": "last",
+            "in": "query",
+            "schema": {"type": "integer", "minimum": 1, "default": DEFAULT_STEPS},
+        },
+    ]
+}
 
 
 def router(service: Service) -> APIRouter:
     """The routes over `service`. They render in pieces, on a thread, beside the streams."""
     routes = APIRouter()
 
-    @routes.get("/debug/steps")
+    @routes.get("/debug/steps", openapi_extra=_QUERY)
     async def debug_steps(http: HttpRequest) -> Response:
         """`format` is json or perfetto; `last` cuts the json to so many steps."""
         last = http.query_params.get("last", str(DEFAULT_STEPS))
         if not last.isdecimal() or int(last) < 1:
             raise invalid("last", f"last must be a number of at least 1, got {last!r}")
-        form = http.query_params.get("format", "json")
-        if form not in ("json", "perfetto"):
-            raise invalid("format", f"format must be json or perfetto, got {form!r}")
+        form = http.query_params.get("format", FORMATS[0])
+        if form not in FORMATS:
+            raise invalid("format", f"format must be {' or '.join(FORMATS)}, got {form!r}")
         view = await _read(service)
         if form == "perfetto":
             return StreamingResponse(

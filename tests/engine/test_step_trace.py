@@ -156,3 +156,13 @@ async def test_the_client_reads_it(on: bool) -> None:
     view = await asyncio.wait_for(engine.trace(), 10)
     assert (view.keep, len(view.steps)) == ((100, 3) if on else (0, 0))
     await engine.close()
+
+
+def test_a_receipt_tells_when_the_sequence_gave_way() -> None:
+    loop = traced(blocks=4)
+    loop.take(Submit([make_request(name, [ord(name)] * 7, max_tokens=8) for name in "ab"]))
+    finish(loop)
+    receipts = {d.request_id: d.receipt for d in loop.collect().deltas if d.receipt is not None}
+    assert receipts["a"].preempted_at == []
+    [moment] = receipts["b"].preempted_at
+    assert 0 < moment < receipts["b"].queue + receipts["b"].prefill + receipts["b"].decode
