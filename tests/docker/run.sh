@@ -72,8 +72,11 @@ capabilities=$(docker exec "$container" grep CapEff /proc/1/status)
 say "runs as $who without capabilities on a read-only root"
 
 model=$(curl -fsS "$url/v1/models" | python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])')
-answer=$(stream "$url" "$model" 16) || fail "the chat"
+now_ms() { echo $(($(date +%s%N) / 1000000)); }
+began=$(now_ms)
+answer=$(stream "$url" "$model" 32) || fail "the chat"
 complete "$answer" || fail "an odd stream: $answer"
+pace=$((($(now_ms) - began) / 32 + 1))  # ms per token
 say "$model streamed a chat"
 
 sees() {
@@ -97,7 +100,8 @@ say "user id 1234567 streamed a chat"
 docker rm -f -v "$stranger" >/dev/null
 stranger=
 
-stream "$url" "$model" 400 >"$work/long" &
+tokens=$((8000 / pace < 1500 ? 8000 / pace : 1500))  # about 8 s, so that the signal comes in between
+stream "$url" "$model" $tokens >"$work/long" &
 running=$!
 until_true 30 test -s "$work/long" || fail "the long answer does not begin"
 docker stop -t 40 "$container" >/dev/null
@@ -105,7 +109,8 @@ wait $running || fail "SIGTERM cut a running answer"
 complete "$(<"$work/long")" || fail "SIGTERM cut a running answer: $(tail -c 300 "$work/long")"
 code=$(docker inspect -f '{{.State.ExitCode}}' "$container")
 [[ $code == 0 ]] || fail "ended with $code"
-say "SIGTERM: the running answer was finished, then the server ended with $code"
+docker logs "$container" 2>&1 | grep -q "waiting up to" || fail "SIGTERM came when nothing ran any more"
+say "SIGTERM: a running answer of $tokens tokens was finished, then the server ended with $code"
 
 "${compose[@]}" down --volumes >"$work/down" 2>&1 || { cat "$work/down"; fail "compose down"; }
 [[ -z $("${compose[@]}" ps -q) ]] || fail "something is left"
