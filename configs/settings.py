@@ -292,11 +292,19 @@ class LifetimeSettings(Section):
 
 
 class LimitSettings(Section):
-    """What one HTTP request may hold."""
+    """What one HTTP request may hold, and what may wait."""
 
     max_body_bytes: Annotated[Bytes, Field(ge=1, description="Largest request body")] = 4 << 20
     max_messages: Annotated[Count, Field(description="Most messages of one chat")] = 1000
     max_prompts: Annotated[Count, Field(description="Most prompts of one completion")] = 1000
+    max_queued_requests: Annotated[
+        Count, Field(description="Most prompts that wait for their first token; others get a 503")
+    ] = 2048
+    max_queued_tokens: Annotated[Count, Field(description="Most tokens of those prompts")] = 1 << 22
+    max_queued_requests_per_key: Annotated[
+        Count | None,
+        Field(description="Most of them of one API key; others get a 429. Default: no such bound"),
+    ] = None
 
 
 class ObservabilitySettings(Section):

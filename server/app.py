@@ -16,6 +16,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics, Slo
 from server.metrics.http_meter import HttpMeter
 from server.metrics.scrape import Scrape
+from server.queue_bound import QueueBound, QueueLimits
 from server.routes import chat, completions, debug, explain, page, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
@@ -32,6 +33,7 @@ def create_app(
     served_model_names: tuple[str, ...],
     lifecycle: Lifecycle | None = None,
     limits: Limits | None = None,
+    queue: QueueLimits | None = None,
     keys: KeyRing | None = None,
     metrics_without_key: bool = False,
     spans: Spans | None = None,
@@ -46,6 +48,7 @@ def create_app(
         served_model_names: what clients may put into `model`; the first is reported.
         lifecycle: of the server around it; None where there is none, as in tests.
         limits: largest body, most messages, most prompts.
+        queue: how many requests may wait for their first token.
         keys: one is asked of every request but health checks; None asks for nothing.
         metrics_without_key: `/metrics` asks for none either.
         spans: where OpenTelemetry spans of requests begin; closing them is the caller's.
@@ -63,7 +66,9 @@ def create_app(
         stalled=lambda: lifecycle.state == "stalled",
     )
     engine.listen(metrics.heard)
-    service = Service(engine, text, metrics, served_model_names, limits, lifecycle, spans)
+    service = Service(
+        engine, text, metrics, served_model_names, limits, lifecycle, QueueBound(queue), spans
+    )
     app = FastAPI(title="Quire", version=__version__)
     # First, since it is asked for most often; no FastAPI around it.
     app.router.routes.append(Route("/metrics", Scrape(metrics.render), methods=["GET"]))

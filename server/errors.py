@@ -91,9 +91,9 @@ def invalid(param: str | None, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-def unavailable(message: str, code: str) -> ApiError:
-    """503 for what another try, later or elsewhere, may well get."""
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS), "x-should-retry": "true"}
+def unavailable(message: str, code: str, retry_after: int = RETRY_AFTER_SECONDS) -> ApiError:
+    """503 for what another try, in `retry_after` seconds or elsewhere, may well get."""
+    headers = {"retry-after": str(retry_after), "x-should-retry": "true"}
     return ApiError(503, message, code=code, headers=headers)
 
 

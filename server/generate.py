@@ -24,6 +24,7 @@ from server.detokenizer import Detokenizer
 from server.errors import ApiError
 from server.logprobs import Detail, Trail
 from server.metrics import AnswerClock, Metrics
+from server.queue_bound import QueueBound
 from server.receipt import AnswerReceipt, RequestReceipt
 from server.spans import RequestSpan
 from server.stops import StopMatcher
@@ -252,15 +253,17 @@ class Generation:
         requests: Sequence[Request],
         options: TextOptions,
         arrival: float,
+        queue: QueueBound,
         span: RequestSpan | None = None,
     ) -> None:
         """Args:
         requests: one per prompt; their answers get the indexes 0..n-1, n..2n-1, ...
         arrival: of the HTTP request, monotonic seconds.
+        queue: where they are counted until their first tokens come.
         span: ended with this, where spans are on.
         """
         self._engine, self._metrics, self._requests = engine, metrics, requests
-        self._span = span
+        self._queue, self._span = queue, span
         self._answers = [
             [
                 Answer(
@@ -320,6 +323,11 @@ class Generation:
         )
 
     async def __aenter__(self) -> Self:
+        try:
+            self._queue.enter(self._requests)
+        except ApiError as error:
+            self._end_span(error)
+            raise
         self._tasks = [
             asyncio.create_task(self._run(request, answers))
             for request, answers in zip(self._requests, self._answers, strict=True)
@@ -335,13 +343,18 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for request in self._requests:
+            self._queue.leave(request)
+        self._end_span(self._news.error or error)
+
+    def _end_span(self, error: BaseException | None) -> None:
         if self._span is not None:
             every = [answer for answers in self._answers for answer in answers]
             self._span.end(
                 self.usage,
                 [answer.receipt for answer in every],
                 [answer.finish_reason or "error" for answer in every],
-                self._news.error or error,
+                error,
             )
 
     async def batches(self) -> AsyncGenerator[list[Piece], None]:
@@ -435,6 +448,7 @@ class Generation:
                 # The first token is of the answer that read the prompt for all n.
                 started = True
                 self._cached_tokens += delta.cached_tokens
+                self._queue.leave(request)
                 self._metrics.read_prompt(request, delta.cached_tokens)
             answer = answers[delta.index]
             answer.engine_receipt = delta.receipt

@@ -294,6 +294,7 @@ def build_app(
     """
     from server.app import Limits, TextModel, create_app
     from server.metrics import Slo
+    from server.queue_bound import QueueLimits
     from server.tokenizer import TextModelError
 
     try:
@@ -307,6 +308,11 @@ def build_app(
         served_model_names=settings.model.names,
         lifecycle=lifecycle,
         limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
+        queue=QueueLimits(
+            limits.max_queued_requests,
+            limits.max_queued_tokens,
+            limits.max_queued_requests_per_key,
+        ),
         keys=keys,
         metrics_without_key=settings.http.metrics_without_key,
         spans=spans,

@@ -25,6 +25,7 @@ from server.generate import Generation, TextOptions
 from server.lifecycle import Lifecycle
 from server.logprobs import Wording
 from server.metrics import Metrics
+from server.queue_bound import QueueBound
 from server.schemas import CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
@@ -68,10 +69,12 @@ class Service:
         names: tuple[str, ...],
         limits: Limits,
         lifecycle: Lifecycle,
+        queue: QueueBound,
         spans: Spans | None,
     ) -> None:
         self.engine, self.text, self.metrics = engine, text, metrics
         self.names, self.limits, self.lifecycle = names, limits, lifecycle
+        self.queue = queue
         self._spans = spans
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])
@@ -228,7 +231,7 @@ class Service:
                 arrival=arrival,
             )
         http.scope["state"]["generation"] = generation = Generation(
-            self.engine, self.text, self.metrics, requests, options, arrival, span
+            self.engine, self.text, self.metrics, requests, options, arrival, self.queue, span
         )
         return generation
 
