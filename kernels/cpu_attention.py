@@ -109,7 +109,7 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
     plan(job.ctypes.data)
     rows = int(job["rows"])
     if rows:
-        width = -(-query.shape[2] // cpu_vectors.LANES) * cpu_vectors.LANES + cpu_vectors.LANES
+        width = partial_width(query.shape[2])
         partial = torch.empty(rows, width, dtype=torch.float32)
         job["partial"] = partial.data_ptr()
     shares = -(-int(job["work"]) // WORK_PER_THREAD)
@@ -129,11 +129,21 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _job(pages: Pages, **fields) -> np.ndarray:
     job = np.zeros((), JOB)
-    fields |= _quantized(pages) if isinstance(pages, QuantizedPages) else _plain(pages)
+    fields |= page_fields(pages)
     fields["address"] = job.ctypes.data
     for name, value in fields.items():
         job[name] = value
     return job
+
+
+def partial_width(head_dim: int) -> int:
+    """Numbers in a partial result: the sum of values, and a vector of maximum and weights."""
+    return -(-head_dim // cpu_vectors.LANES) * cpu_vectors.LANES + cpu_vectors.LANES
+
+
+def page_fields(pages: Pages) -> dict[str, float]:
+    """What a job must know of the pages."""
+    return _quantized(pages) if isinstance(pages, QuantizedPages) else _plain(pages)
 
 
 def _plain(pages: Tensor) -> dict[str, float]:
@@ -167,6 +177,11 @@ def _quantized(pages: QuantizedPages) -> dict[str, float]:
         "groups": groups,
         "unit": cpu_formats.FP8_UNIT if pages.format == "fp8_e4m3" else 1.0,
     }
+
+
+def plan_worker():
+    """Sets tasks, rows and work of a job, and the marks of its sequences."""
+    return _workers()[0]
 
 
 @cache

@@ -362,7 +362,7 @@ def _mask(job, scores, padded, token, count, position, group):
 
 
 @helper
-def _attend(job):
+def attend_tasks(job):
     """Takes tasks until none is left."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
@@ -394,7 +394,7 @@ def _attend(job):
 
 
 @helper
-def _combine(job):
+def combine_tasks(job):
     """Folds the partial results of contexts that span several chunks, in the order of chunks."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
@@ -444,12 +444,12 @@ def build(primitives):
     @cfunc(_WORKER, **options)
     def attend(pointer):
         len(primitives)
-        _attend(carray(pointer, 1)[0])
+        attend_tasks(carray(pointer, 1)[0])
 
     @cfunc(_WORKER, **options)
     def combine(pointer):
         len(primitives)
-        _combine(carray(pointer, 1)[0])
+        combine_tasks(carray(pointer, 1)[0])
 
     @cfunc(_WORKER, **options)
     def store(pointer):

@@ -1,7 +1,7 @@
-"""Products of a few rows with a bfloat16 matrix that oneDNN has packed, for CPUs with AVX512-BF16.
+"""Products of some rows with a bfloat16 matrix that oneDNN has packed, for CPUs with AVX512-BF16.
 
-At one to four rows a product only reads memory, and oneDNN does that slower than it could. Its
-layout, which it calls AB16b64a2b, is read here as it lies, so the weights stay in memory once:
+At few rows a product only reads memory, and oneDNN does that slower than it could. Its layout,
+which it calls AB16b64a2b, is read here as it lies, so the weights stay in memory once:
 
     panel of 64 outputs | inputs 0, 1 of output 0 | inputs 0, 1 of output 1 | .. | of output 63
                         | inputs 2, 3 of output 0 | ..
@@ -21,8 +21,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from kernels import cpu_formats, cpu_simd, cpu_vectors
-from kernels.cpu_formats import BFLOAT16, load, store
+from kernels import cpu_formats, cpu_pages, cpu_simd, cpu_vectors
+from kernels.cpu_formats import BFLOAT16, load_row, store, store_row
+from kernels.cpu_pages import address, helper, scratch
 from kernels.cpu_simd import take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import (
@@ -40,12 +41,14 @@ from kernels.cpu_vectors import (
     vec,
 )
 
-MOST_ROWS = 4
+MOST_ROWS = 64
+TILE_ROWS = 6
+"""Rows whose sums fit into registers: 24 of 32, beside 4 of the matrix."""
 PANEL = 64
 """Outputs that lie together."""
 
-_PANEL_VECTORS = PANEL // LANES
-_PAIR_BYTES = PANEL * 2 * 2  # a pair of inputs of every output in the panel
+_VECTORS = PANEL // LANES
+PAIR_BYTES = PANEL * 2 * 2  # a pair of inputs of every output in the panel
 _AHEAD_BYTES = 4096
 _BYTES_PER_THREAD = 256 << 10  # of the matrix, worth waking another thread: about 10 microseconds
 
@@ -63,15 +66,19 @@ class PackedLinear:
     Args:
         packed: the matrix [outputs, inputs] in oneDNN's layout; kept alive
         bias: bfloat16 [outputs]
+
+    Attributes:
+        panels, bias: addresses; a bias of 0 is none
     """
 
     def __init__(self, packed: Tensor, outputs: int, inputs: int, bias: Tensor | None):
         self._owners = packed, bias
-        self._outputs = outputs
+        self.outputs, self.inputs = outputs, inputs
+        self.panels = int(torch.ops.mkldnn.data_ptr(packed))
+        self.bias = 0 if bias is None else bias.data_ptr()
         self._job = np.zeros((), JOB)  # what is the same in every call
         self._job["tasks"], self._job["pairs"] = outputs // PANEL, inputs // 2
-        self._job["panels"] = torch.ops.mkldnn.data_ptr(packed)
-        self._job["bias"] = 0 if bias is None else bias.data_ptr()
+        self._job["panels"], self._job["bias"] = self.panels, self.bias
         self._job["out_stride"] = outputs
         self._multiply = _worker()  # compiled now, not during a request
         self._shares = -(-2 * outputs * inputs // _BYTES_PER_THREAD)
@@ -100,7 +107,7 @@ class PackedLinear:
         rows = x.shape[0]
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = torch.empty(rows, self._outputs, dtype=torch.bfloat16)
+        out = torch.empty(rows, self.outputs, dtype=torch.bfloat16)
         job = self._job.copy()
         job["address"] = job.ctypes.data
         job["rows"], job["x"], job["x_stride"] = rows, x.data_ptr(), x.stride(0)
@@ -118,81 +125,95 @@ def _has_bfloat16() -> bool:
 @cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd)
+    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def multiply(pointer):
         len(primitives)  # makes it part of the key of the cache
         job = carray(pointer, 1)[0]
-        panel_bytes = job.pairs * _PAIR_BYTES
+        sums = scratch(MOST_ROWS * PANEL)
         while True:
             task = take(job.address)
             if task >= job.tasks:
                 break
-            at = task * PANEL * 2
-            panel = job.panels + task * panel_bytes
-            bias = job.bias + at if job.bias else 0
-            _multiply(job.rows, job.x, job.x_stride, panel, job.pairs, bias, job.out + at,
-                      job.out_stride)  # fmt: skip
+            panel = panel_at(job.panels, task, job.pairs)
+            multiply_panel(job.rows, job.x, job.x_stride, panel, job.pairs, sums)
+            add_bias(sums, job.rows, job.bias, task)
+            for r in range(job.rows):
+                out = job.out + (r * job.out_stride + task * PANEL) * 2
+                store_row(BFLOAT16, address(sums, r * PANEL), out, PANEL, np.float32(1))
 
     return WORKER(multiply.address)
 
 
+@helper
+def panel_at(panels, index, pairs):
+    """Address of panel `index` of a matrix."""
+    return panels + index * pairs * PAIR_BYTES
+
+
+@helper
+def add_bias(sums, rows, bias, panel):
+    """Adds the bias of a panel's outputs to sums [rows, 64]; an address of 0 is no bias."""
+    if bias:
+        offsets = np.empty(PANEL, np.float32)
+        load_row(BFLOAT16, bias + panel * PANEL * 2, address(offsets, 0), PANEL, np.float32(1))
+        for r in range(rows):
+            for i in range(PANEL):
+                sums[r * PANEL + i] += offsets[i]
+
+
+@helper
+def multiply_panel(rows, x, x_stride, panel, pairs, sums):
+    """sums[r, i] = x[r] . panel[:, i] for r < rows and i < 64.
+
+    x is bfloat16 [rows, 2 * pairs] of row stride x_stride, in elements; sums are float32
+    [rows, 64]. The panel comes from memory for the first tile of rows, then from a cache.
+    """
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    height = (rows + tiles - 1) // tiles
+    for r in range(0, rows, height):
+        count = min(height, rows - r)
+        _multiply_tile(
+            count, x + 2 * r * x_stride, x_stride, panel, pairs, address(sums, r * PANEL)
+        )
+
+
 @intrinsic
-def _multiply(typingctx, rows, x, x_stride, panel, pairs, bias, out, out_stride):
-    """out[r, :64] = bfloat16(x[r] . panel[:, :64] + bias[:64]) for r < rows, without bias where
-    its address is 0."""
+def _multiply_tile(typingctx, rows, x, x_stride, panel, pairs, sums):
 
     def codegen(context, builder, signature, args):
         rows, rest = args[0], args[1:]
-        for (height,) in cases(builder, (rows, tuple(range(1, MOST_ROWS + 1)))):
+        for (height,) in cases(builder, (rows, tuple(range(1, TILE_ROWS + 1)))):
             _multiply_rows(builder, height, *rest)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(i, i, i, i, i, i, i, i), codegen
+    return types.none(i, i, i, i, i, i), codegen
 
 
-def _multiply_rows(builder, height, x, x_stride, panel, pairs, bias, out, out_stride):
-    unroll = 2 if height == 1 else 1  # enough sums that none waits for the one before
-    sums = variables(builder, [const(0.0)] * (unroll * height * _PANEL_VECTORS))
+def _multiply_rows(builder, height, x, x_stride, panel, pairs, sums):
+    # The order of additions is that of the inputs for every height: a row's sums do not depend on
+    # the rows beside it.
+    cells = variables(builder, [const(0.0)] * (height * _VECTORS))
     row_starts = [builder.mul(x_stride, I64(2 * r)) for r in range(height)]
-    with cgutils.for_range(builder, builder.sdiv(pairs, I64(unroll))) as loop:
-        for u in range(unroll):
-            pair = builder.add(builder.mul(loop.index, I64(unroll)), I64(u))
-            place = builder.add(panel, builder.mul(pair, I64(_PAIR_BYTES)))
-            weights = [
-                builder.load(pointer(builder, place, I64(j * LANES), I32), align=64)
-                for j in range(_PANEL_VECTORS)
-            ]
-            for j in range(_PANEL_VECTORS):
-                prefetch_line(builder, builder.add(place, I64(_AHEAD_BYTES + 64 * j)))
-            for r, start in enumerate(row_starts):
-                at = builder.add(builder.add(x, start), builder.mul(pair, I64(4)))
-                both = builder.load(builder.inttoptr(at, I32.as_pointer()), align=2)
-                factor = splat(builder, both)
-                for j, weight in enumerate(weights):
-                    cell = sums[(u * height + r) * _PANEL_VECTORS + j]
-                    value = _add_products(builder, builder.load(cell), factor, weight)
-                    builder.store(value, cell)
-    for r in range(height):
-        row = builder.add(out, builder.mul(out_stride, I64(2 * r)))
-        for j in range(_PANEL_VECTORS):
-            parts = sums[r * _PANEL_VECTORS + j :: height * _PANEL_VECTORS]
-            total = builder.load(parts[0])
-            for part in parts[1:]:
-                total = builder.fadd(total, builder.load(part))
-            store(builder, _with_bias(builder, total, bias, j), row, I64(j * LANES), BFLOAT16)
-
-
-def _with_bias(builder, total, bias, j):
-    """`total` plus vector `j` of the bias, if there is one."""
-    given = builder.icmp_unsigned("!=", bias, I64(0))
-    (cell,) = variables(builder, [total])
-    with builder.if_then(given):
-        offset = load(builder, bias, I64(j * LANES), BFLOAT16)
-        builder.store(builder.fadd(total, offset), cell)
-    return builder.load(cell)
+    with cgutils.for_range(builder, pairs) as loop:
+        place = builder.add(panel, builder.mul(loop.index, I64(PAIR_BYTES)))
+        weights = [
+            builder.load(pointer(builder, place, I64(j * LANES), I32), align=64)
+            for j in range(_VECTORS)
+        ]
+        for j in range(_VECTORS):
+            prefetch_line(builder, builder.add(place, I64(_AHEAD_BYTES + 64 * j)))
+        for r, start in enumerate(row_starts):
+            at = builder.add(builder.add(x, start), builder.mul(loop.index, I64(4)))
+            both = builder.load(builder.inttoptr(at, I32.as_pointer()), align=2)
+            factor = splat(builder, both)
+            for j, weight in enumerate(weights):
+                cell = cells[r * _VECTORS + j]
+                builder.store(_add_products(builder, builder.load(cell), factor, weight), cell)
+    for index, cell in enumerate(cells):
+        store(builder, builder.load(cell), sums, I64(index * LANES))
 
 
 def _add_products(builder, total, left, right):

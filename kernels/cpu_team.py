@@ -33,11 +33,24 @@ def run(worker, job: np.ndarray, shares: int) -> None:
 
 @cache
 def _openmp():
-    """`GOMP_parallel` of the OpenMP runtime that torch has loaded, or None.
+    """`GOMP_parallel`, which runs a worker on a team of threads, or None:
+    void GOMP_parallel(void (*fn)(void *), void *data, unsigned threads, unsigned flags)."""
+    function = openmp_function("GOMP_parallel")
+    if function is not None:
+        function.argtypes = (WORKER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+    return function
 
-    libgomp exports it, and libiomp5 and libomp do so for compatibility:
-    void GOMP_parallel(void (*fn)(void *), void *data, unsigned threads, unsigned flags).
-    """
+
+def openmp_function(name: str):
+    """A function of the OpenMP runtime that torch has loaded, or None. libgomp exports those of
+    its interface to compilers, and libiomp5 and libomp do so for compatibility."""
+    library = _openmp_library()
+    return None if library is None else getattr(library, name)
+
+
+@cache
+def _openmp_library() -> ctypes.CDLL | None:
     try:
         loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     except OSError:
@@ -45,10 +58,7 @@ def _openmp():
     torch_folder = str(Path(torch.__file__).parent)
     for path in sorted(loaded, key=lambda path: not path.startswith(torch_folder)):
         if Path(path).name.startswith(("libgomp", "libiomp5", "libomp.")):
-            function = ctypes.CDLL(path).GOMP_parallel
-            function.argtypes = (WORKER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            function.restype = None
-            return function
+            return ctypes.CDLL(path)
     return None
 
 

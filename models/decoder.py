@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig
 from models.context import ForwardContext
+from models.decode_step import compile_step, step_rows
 from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm, fused_layers
 from models.rotary import Rotary, Rotation, rotate
+
+if TYPE_CHECKING:
+    from kernels.cpu_step import DecodeStep
+    from kernels.pages import Pages
 
 
 class CausalLM:
@@ -81,7 +86,11 @@ class CausalLM:
 
 
 class Decoder(CausalLM):
-    """Llama and the families that differ from it by switches of the config."""
+    """Llama and the families that differ from it by switches of the config.
+
+    Attributes:
+        step_rows: decodes that a compiled step takes at most; 0 where none serves this decoder
+    """
 
     prefix = "model."
 
@@ -102,15 +111,27 @@ class Decoder(CausalLM):
         self.norm = layer_type.norm_type(
             config.hidden_size, config.norm_eps, dtype=dtype, device=device
         )
+        self.step_rows = 0
+        self._step: DecodeStep | None = None
+        self._stepped: tuple[Pages, ...] | None = None
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
         x = self.embed(token_ids)
+        if ctx.num_decodes == len(x) <= self.step_rows and (step := self._step_over(ctx)):
+            group = ctx.groups[0]
+            return step(x, ctx.context_lens, group.block_tables, group.slot_mapping.int())
         rotation = self.rotary(ctx.positions)
         for layer in self.layers:
             x = layer(x, rotation, ctx)
         return self.norm(x)
+
+    def _step_over(self, ctx: ForwardContext) -> DecodeStep | None:
+        """The compiled step of few decodes, made when a cache is first seen."""
+        if self._stepped is not ctx.pages:
+            self._step, self._stepped = compile_step(self, ctx), ctx.pages
+        return self._step
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -129,6 +150,7 @@ class Decoder(CausalLM):
         self.norm.expand()
         for layer in self.layers:
             layer.prepare()
+        self.step_rows = step_rows(self)
 
 
 class DecoderLayer:

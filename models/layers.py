@@ -81,7 +81,7 @@ class Linear:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
-        if self.few is not None and rows <= self.most_few:
+        if 0 < rows <= self.most_few and self.few is not None:
             return self.few(x)
         if rows < self.least_rows:
             x = F.pad(x, (0, 0, 0, self.least_rows - rows))

@@ -1,0 +1,74 @@
+"""Which decoders the compiled decode step of CPUs serves, and what it is told of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.layers import Linear, RMSNorm
+
+if TYPE_CHECKING:
+    from kernels.cpu_step import DecodeStep, StepLayer
+    from models.context import ForwardContext
+    from models.decoder import Decoder, DecoderLayer
+
+
+def compile_step(decoder: Decoder, ctx: ForwardContext) -> DecodeStep | None:
+    """The step of a decoder that has `step_rows` over the pages of `ctx`; None where it does not
+    know their format, or this machine has no team of threads that can wait."""
+    if ctx.backend.name != "numba" or len(ctx.groups) != 1:
+        return None
+    from kernels.cpu_step import DecodeStep, serves
+
+    if not serves(ctx.pages[0]):
+        return None
+    return DecodeStep(
+        [_layer(layer) for layer in decoder.layers],
+        decoder.norm.scale,
+        decoder.config.norm_eps,
+        decoder.rotary.cos,
+        decoder.rotary.sin,
+        decoder.config.num_heads,
+        ctx.pages,
+    )
+
+
+def step_rows(decoder: Decoder) -> int:
+    """How many decodes the compiled step of a prepared decoder takes at once: 0 where its layers
+    are not what the step knows, or its weights not packed as the step reads them."""
+    from models.decoder import DecoderLayer
+
+    config = decoder.config
+    known = (
+        config.activation == "silu"
+        and not config.attention_softcap
+        and len(set(config.layer_windows)) == 1
+        and config.head_dim % 2 == 0
+        and type(decoder.norm) is RMSNorm
+        and all(type(layer) is DecoderLayer for layer in decoder.layers)
+    )
+    if not known:
+        return 0
+    return min(linear.most_few for layer in decoder.layers for linear in _linears(layer))
+
+
+def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
+    return layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down
+
+
+def _layer(layer: DecoderLayer) -> StepLayer:
+    from kernels.cpu_step import StepLayer
+
+    attention = layer.attention
+    qkv, output, gate_up, down = (linear.few for linear in _linears(layer))
+    return StepLayer(
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
+        attention_norm=layer.attention_norm.scale,
+        mlp_norm=layer.mlp_norm.scale,
+        head_norm=attention.head_scale,
+        rotated=attention.rotated,
+        scale=attention.options["scale"],
+        window=attention.window,
+    )
