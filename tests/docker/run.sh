@@ -109,7 +109,8 @@ wait $running || fail "SIGTERM cut a running answer"
 complete "$(<"$work/long")" || fail "SIGTERM cut a running answer: $(tail -c 300 "$work/long")"
 code=$(docker inspect -f '{{.State.ExitCode}}' "$container")
 [[ $code == 0 ]] || fail "ended with $code"
-docker logs "$container" 2>&1 | grep -q "waiting up to" || fail "SIGTERM came when nothing ran any more"
+docker logs "$container" >"$work/log" 2>&1
+grep -q "waiting up to" "$work/log" || fail "SIGTERM came when nothing ran any more"
 say "SIGTERM: a running answer of $tokens tokens was finished, then the server ended with $code"
 
 "${compose[@]}" down --volumes >"$work/down" 2>&1 || { cat "$work/down"; fail "compose down"; }
