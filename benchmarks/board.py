@@ -6,6 +6,7 @@ python -m benchmarks.board --prometheus http://127.0.0.1:9090 --minutes 5 --out 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import time
@@ -19,6 +20,7 @@ import httpx
 BOARD = Path(__file__).parents[1] / "configs" / "grafana" / "dashboards" / "quire.json"
 COLUMNS = 4
 STEPS = 120  # points per line
+COLORS = 48  # of the picture, so that it stays small
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def panels(board: Path = BOARD) -> list[Panel]:
 def draw(prometheus: str, shown: Sequence[Panel], seconds: float, window: str, out: Path) -> None:
     """Writes a picture of the last `seconds`."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     rows = math.ceil(len(shown) / COLUMNS)
     figure = Figure(figsize=(4 * COLUMNS, 2.5 * rows), layout="constrained")
@@ -86,7 +89,9 @@ def draw(prometheus: str, shown: Sequence[Panel], seconds: float, window: str, o
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=6, loc="upper left", framealpha=0.6)
     figure.supxlabel("seconds", fontsize=8)
-    figure.savefig(out, dpi=70)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=70)
+    Image.open(drawn).convert("RGB").quantize(COLORS).save(out, optimize=True)
 
 
 def _unit(unit: str) -> str:

@@ -74,6 +74,7 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
         1,
         block_size=str(info.block_size),
         num_gpu_blocks=str(info.num_blocks),
+        num_cpu_blocks=str(info.num_host_blocks),
         cache_dtype=info.kv_cache_dtype,
         enable_prefix_caching=str(info.prefix_caching),
     )
@@ -98,6 +99,21 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
         blocks,
         lambda state: state.stats.blocks_used,
         state="active",
+    )
+    host = "KV blocks of the tier in host memory."
+    read(
+        "gauge",
+        "quire:kv_host_blocks",
+        host,
+        lambda state: state.stats.host_blocks_total - state.stats.host_blocks_used,
+        state="free",
+    )
+    read(
+        "gauge",
+        "quire:kv_host_blocks",
+        host,
+        lambda state: state.stats.host_blocks_used,
+        state="used",
     )
     read(
         "gauge",
@@ -140,6 +156,27 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
         "vllm:num_preemptions_total",
         "Sequences put back to make room.",
         lambda state: state.stats.preemptions,
+    )
+    kinds = "Sequences put back to make room, by what became of their blocks."
+    read(
+        "counter",
+        "quire:preemptions_total",
+        kinds,
+        lambda state: state.stats.preemptions_swap,
+        mode="swap",
+    )
+    read(
+        "counter",
+        "quire:preemptions_total",
+        kinds,
+        lambda state: state.stats.preemptions_recompute,
+        mode="recompute",
+    )
+    read(
+        "counter",
+        "quire:kv_host_hits_total",
+        "Tokens whose blocks came back from host memory.",
+        lambda state: state.stats.host_hits,
     )
     read(
         "counter",

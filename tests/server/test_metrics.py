@@ -106,6 +106,11 @@ def test_gauges_come_from_the_engine() -> None:
         prefix_queries=40,
         prefix_hits=32,
         prefix_recovered=16,
+        preemptions_swap=2,
+        preemptions_recompute=3,
+        host_blocks_total=7,
+        host_blocks_used=3,
+        host_hits=48,
         fragmentation=0.125,
         jit_compiles=4,
     )
@@ -124,6 +129,11 @@ def test_gauges_come_from_the_engine() -> None:
     assert value(text, "quire:jit_compiles_after_ready_total") == 4
     for state, blocks in (("active", 2), ("cached", 5), ("free", 1)):
         assert value(text, "quire:kv_blocks", state=state) == blocks
+    assert value(text, "quire:preemptions_total", mode="swap") == 2
+    assert value(text, "quire:preemptions_total", mode="recompute") == 3
+    assert value(text, "quire:kv_host_hits_total") == 48
+    for state, blocks in (("used", 3), ("free", 4)):
+        assert value(text, "quire:kv_host_blocks", state=state) == blocks
     size = {"block_size": "16", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
     assert value(text, "vllm:cache_config_info", **size) == 1
     engine.snapshot = EngineStats()
