@@ -125,6 +125,24 @@ class Bench:
         for name, times in (("user + sys", cpu), ("wall", wall)):
             print(f"| {name} | {show(times[True])} | {show(times[False])} | {more(times)} |")
 
+    def shared_system(self, clients: int, prompt: int, answer: int) -> None:
+        """Time for requests at once behind a system prompt that nobody sent before: its ratio is
+        the throughput gained."""
+        print(
+            f"\n{clients} requests at once of {prompt} + {answer} tokens, ms until all are done\n"
+        )
+        head("system prompt")
+        for length in (80, 341):
+            times: Times = {True: [], False: []}
+            for _ in range(self.rounds):
+                prefix = self.tokens(length)
+                batch = [prefix + self.tokens(prompt) for _ in range(clients)]
+                for on in self.turns():
+                    start = time.perf_counter()
+                    self._serve(on, [self.request(tokens, answer) for tokens in batch])
+                    times[on].append(1e3 * (time.perf_counter() - start))
+            row(f"{length} tokens", times)
+
     def _serve(self, on: bool, requests: list[Request]) -> None:
         loop = self.loops[on]
         loop.take(Submit(requests))
@@ -181,11 +199,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="that compute (default 1)")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompts with hits")
-    parser.add_argument("--only", choices=("prefix", "chats", "cost", "scheduler"))
+    parser.add_argument("--only", choices=("prefix", "chats", "system", "cost", "scheduler"))
     options = parser.parse_args()
     parts: dict[str, Callable[[Bench], None]] = {
         "prefix": lambda bench: bench.shared_prefix(options.length),
         "chats": lambda bench: bench.chats(),
+        "system": lambda bench: bench.shared_system(8, 30, 35),
         "cost": lambda bench: bench.nothing_shared(16, 128, 32),
     }
     chosen = [part for name, part in parts.items() if options.only in (None, name)]
