@@ -36,6 +36,9 @@ PRESETS_DIR: Final = Path(__file__).parent
 EMBEDDED: Final = "embedded"
 CPU_KV_CACHE_BYTES: Final = 1 << 30
 """KV pool on CPUs where none is set: host memory is shared, so it is never "the rest"."""
+DISK_KV_BYTES: Final = 16 << 30
+DISK_STAGING_BYTES: Final = 256 << 20
+"""Host memory through which blocks pass to the disk and back where no `host_kv_bytes` is set."""
 
 _UNITS: Final = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power
@@ -200,6 +203,29 @@ class CacheSettings(Section):
             "come back from there without being computed again. Default: none",
         ),
     ] = None
+    disk_kv_path: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Folder for KV blocks that host memory gives up; they outlive the server",
+        ),
+    ] = None
+    disk_kv_bytes: Annotated[
+        Bytes | None,
+        Field(
+            gt=0,
+            description="Most bytes of files in `disk_kv_path`. Default: "
+            f"{format_bytes(DISK_KV_BYTES)}",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _disk_tier_is_whole(self) -> CacheSettings:
+        if self.disk_kv_bytes is not None and self.disk_kv_path is None:
+            raise ValueError("disk_kv_bytes needs disk_kv_path")
+        if self.disk_kv_path is not None and not self.enable_prefix_caching:
+            raise ValueError("disk_kv_path needs enable_prefix_caching")
+        return self
 
 
 class SchedulingSettings(Section):

@@ -11,11 +11,18 @@ from pathlib import Path
 
 import torch
 
-from configs.settings import CPU_KV_CACHE_BYTES, Settings, format_bytes
+from configs.settings import (
+    CPU_KV_CACHE_BYTES,
+    DISK_STAGING_BYTES,
+    CacheSettings,
+    Settings,
+    format_bytes,
+)
 from engine import planner
 from engine.grammar import GrammarCache, GrammarCompiler
 from engine.grammar_masks import GrammarMasks
 from engine.jit_compiles import JitCompiles
+from engine.kv_disk import DiskFlush, open_disk
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, available_host_bytes
 from engine.protocol import COMMON_LENGTH, EngineInfo
@@ -25,6 +32,7 @@ from kernels import dispatch
 from models import loader
 from models.config import CheckpointError, ModelConfig
 from models.decoder import CausalLM
+from paged_cache.disk_tier import DiskTier, DiskTierError
 from paged_cache.host_pages import STAGED_BYTES, HostPages
 from paged_cache.host_tier import HostTier
 from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
@@ -122,8 +130,12 @@ def assemble(
     blocks = _num_blocks(settings, model, layout, limits, masks, device)
     layout = replace(layout, num_blocks=blocks)
     limits = _fit_context(limits, layout, settings.model.max_model_len)
-    host_blocks = _host_blocks(settings.cache.host_kv_bytes, layout)
-    runner = _runner(model, layout, backend, limits, masks, device, host_blocks)
+    host_blocks = _host_blocks(settings.cache, layout)
+    try:
+        disk = open_disk(settings.cache, path, dtype, backend.name, layout)
+    except DiskTierError as error:
+        raise StartError(str(error)) from None
+    runner = _runner(model, layout, backend, limits, masks, device, host_blocks, disk)
     report("memory", 1, 1, f"{layout.num_blocks} KV blocks of {layout.block_size} tokens")
     report("warm-up", 0, 1, "first steps")
     _warm_up(runner, limits)
@@ -131,15 +143,18 @@ def assemble(
     keep = settings.observability.trace_steps
     trace = StepTrace(keep, limits.max_num_seqs) if keep else None
     prefix_cache = settings.cache.enable_prefix_caching
+    cache = KVCacheManager(
+        BlockPool(layout.num_blocks),
+        layout.block_size,
+        layout.windows,
+        prefix_cache=prefix_cache,
+        isolate_tenants=settings.cache.isolate_prefix_cache,
+        host=HostTier(host_blocks, keep=prefix_cache),
+        disk=disk,
+        hash_key=disk.hash_key if disk else None,
+    )
     scheduler = Scheduler(
-        KVCacheManager(
-            BlockPool(layout.num_blocks),
-            layout.block_size,
-            layout.windows,
-            prefix_cache=prefix_cache,
-            isolate_tenants=settings.cache.isolate_prefix_cache,
-            host=HostTier(host_blocks, keep=prefix_cache),
-        ),
+        cache,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         eos_token_ids=frozenset(config.eos_token_ids),
@@ -149,10 +164,16 @@ def assemble(
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )
-    prefix_caching = settings.cache.enable_prefix_caching
-    info = _info(path, model, layout, limits, device, host_blocks, prefix_caching)
-    compiles = JitCompiles().watch()
-    return EngineLoop(scheduler, runner, info, trace, grammars=grammars, jit_compiles=compiles)
+    info = _info(path, model, layout, limits, device, host_blocks, prefix_cache)
+    return EngineLoop(
+        scheduler,
+        runner,
+        info,
+        trace,
+        grammars=grammars,
+        jit_compiles=JitCompiles().watch(),
+        at_end=DiskFlush(cache, runner.host, disk) if runner.host and disk else None,
+    )
 
 
 def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) -> Preemption:
@@ -297,7 +318,7 @@ def _num_blocks(
     elif device.type == "cuda":
         share = cache.gpu_memory_utilization
         pool = _free_after_profile(model, layout, limits, masks, share, device)
-        if cache.host_kv_bytes is not None:
+        if cache.host_kv_bytes is not None or cache.disk_kv_path is not None:
             pool -= 2 * STAGED_BYTES
     else:
         pool = CPU_KV_CACHE_BYTES
@@ -316,21 +337,23 @@ def _num_blocks(
     return blocks
 
 
-def _host_blocks(num_bytes: int | None, layout: KVLayout) -> int:
-    """How many KV blocks the tier in host memory gets."""
+def _host_blocks(cache: CacheSettings, layout: KVLayout) -> int:
+    """How many KV blocks the tier in host memory gets; a disk tier alone needs some to pass
+    through."""
+    num_bytes = cache.host_kv_bytes
     if num_bytes is None:
-        return 0
+        return max(layout.blocks_in(DISK_STAGING_BYTES), 1) if cache.disk_kv_path else 0
     blocks = layout.blocks_in(num_bytes)
     if blocks < 1:
         raise StartError(
-            "--host-kv-bytes must hold at least one KV block of "
+            "host_kv_bytes must hold at least one KV block of "
             f"{format_bytes(layout.bytes_per_block)}, got {format_bytes(num_bytes)}"
         )
     free = available_host_bytes()
     if num_bytes > free:
         raise StartError(
-            f"--host-kv-bytes {format_bytes(num_bytes)}, but only {format_bytes(free)} of host "
-            "memory are free"
+            f"host_kv_bytes must be at most the {format_bytes(free)} of host memory that are free, "
+            f"got {format_bytes(num_bytes)}"
         )
     return blocks
 
@@ -375,6 +398,7 @@ def _runner(
     masks: GrammarMasks,
     device: torch.device,
     num_host_blocks: int = 0,
+    disk: DiskTier | None = None,
 ) -> Runner:
     return Runner(
         model,
@@ -385,6 +409,7 @@ def _runner(
         grammars=masks,
         device=device,
         num_host_blocks=num_host_blocks,
+        disk=disk,
     )
 
 

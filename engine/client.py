@@ -521,6 +521,7 @@ class InprocEngine(_StreamingClient):
         try:
             loop.run(self, lambda output: self._post(self._dispatch, output))
         finally:
+            loop.close()
             self._post(self._die, EngineDead("the engine is gone"))
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

@@ -94,6 +94,10 @@ class LLM:
             self._loop.collect()
         return [self._output(request.prompt_ids, answers[request.id]) for request in batch]
 
+    def close(self) -> None:
+        """Writes what is worth keeping to the disk tier, where there is one, and gives it back."""
+        self._loop.close()
+
     def _request(
         self, prompt: str | Sequence[int], params: SamplingParams, n: int
     ) -> requests.Request:

@@ -51,6 +51,8 @@ logger = logging.getLogger("quire.engine")
 MAX_FAILED_STEPS = 8
 
 COMPILE_WAIT = 0.005  # seconds between two looks at the inbox while grammars alone are worked on
+# While all that could run waits for the disk, the inbox is looked at so often.
+DISK_WAIT_SECONDS = 0.02
 
 
 class PlanRunner(Protocol):
@@ -78,6 +80,7 @@ class EngineLoop:
         trace: what it keeps of the steps; the same one is the scheduler's journal.
         meter: takes the time of the steps.
         jit_compiles: what was compiled since the engine was ready.
+        at_end: called by `close`.
 
     Attributes:
         progress: steps begun; it grows as long as there is work and the loop is alive.
@@ -92,6 +95,7 @@ class EngineLoop:
         grammars: GrammarCache | None = None,
         meter: StepMeter | None = None,
         jit_compiles: JitCompiles | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -104,6 +108,7 @@ class EngineLoop:
         self._jit_compiles = jit_compiles or JitCompiles()
         self._report: StepReport | None = None
         self._fragmentation = Fragmentation(scheduler)
+        self._at_end = at_end
         self._output = StepOutput(stats=EngineStats())
         self._steps = self._failed_in_a_row = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -136,6 +141,11 @@ class EngineLoop:
             if self.has_work:
                 self.step()
             send(self.collect())
+
+    def close(self) -> None:
+        """Gives back what outlives the loop; nothing may be called after it."""
+        if self._at_end is not None:
+            self._at_end()
 
     def take(self, message: Submit | Abort) -> None:
         """Queues or ends requests. What it has to say is in the next `collect`."""
@@ -204,6 +214,7 @@ class EngineLoop:
             self._trace.planned(plan, self.scheduler)
         if plan.empty:
             self.scheduler.commit(StepResult(plan.id, []))
+            self.scheduler.cache.tiers.wait_for_disk(DISK_WAIT_SECONDS)
             return
         self.progress += 1
         self._meter.planned()
@@ -279,14 +290,15 @@ class EngineLoop:
                 scheduler.check()
             except AssertionError as error:
                 problem = str(error) or "an invariant does not hold"
-        pool, host = scheduler.cache.pool, scheduler.cache.tiers.host
+        pool, tiers = scheduler.cache.pool, scheduler.cache.tiers
         view = CacheView(
             block_size=scheduler.cache.block_size,
             windows=list(scheduler.cache.windows),
             states=bytes(pool.states),
             tags=bytes(pool.tags),
-            host_blocks=host.num_slots,
-            host_blocks_used=host.num_used,
+            host_blocks=tiers.host.num_slots,
+            host_blocks_used=tiers.host.num_used,
+            disk_blocks=tiers.disk.num_blocks if tiers.disk else 0,
             sequences=[_view(seq) for seq in [*scheduler.running, *scheduler.waiting]],
         )
         return Inspection(message.id, view, problem)
@@ -295,6 +307,7 @@ class EngineLoop:
         """All that was said since the last call, with a fresh snapshot."""
         output, scheduler = self._output, self.scheduler
         pool, tiers = scheduler.cache.pool, scheduler.cache.tiers
+        disk = tiers.disk
         stats = EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -314,6 +327,10 @@ class EngineLoop:
             host_hits=tiers.host_hits,
             fragmentation=self._fragmentation.measure(),
             jit_compiles=self._jit_compiles.count,
+            disk_blocks=disk.num_blocks if disk else 0,
+            disk_bytes=disk.num_bytes if disk else 0,
+            disk_errors=disk.num_errors if disk else 0,
+            disk_hits=tiers.disk_hits,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -84,4 +84,7 @@ def _serve(
         return
     StallWatch(loop, settings.lifetime.stall_timeout).start()
     send(Ready(loop.info))
-    loop.run(inbox, send)
+    try:
+        loop.run(inbox, send)
+    finally:
+        loop.close()

@@ -131,6 +131,8 @@ class EngineStats(msgspec.Struct, frozen=True):
         fragmentation: share of the places in held blocks that hold no token (yet), 0 to 1;
             measured now and then.
         jit_compiles: kernels compiled since the engine was ready.
+        disk_blocks, disk_bytes: in the tier on disk; disk_hits: tokens whose blocks came from
+            there; disk_errors: blocks that could not be written, or read and used.
     """
 
     running: int = 0
@@ -151,6 +153,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     host_hits: int = 0
     fragmentation: float = 0.0
     jit_compiles: int = 0
+    disk_blocks: int = 0
+    disk_bytes: int = 0
+    disk_hits: int = 0
+    disk_errors: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -249,7 +255,7 @@ class CacheView(msgspec.Struct, frozen=True):
         tags: four bytes per block: the beginning of the hash it is found by, zeros without one.
         windows: per KV group, 0 for full attention.
         sequences: running ones, then waiting ones.
-        host_blocks, host_blocks_used: of the tier in host memory.
+        host_blocks, host_blocks_used: of the tier in host memory; disk_blocks: of that on disk.
     """
 
     block_size: int
@@ -259,6 +265,7 @@ class CacheView(msgspec.Struct, frozen=True):
     sequences: list[SequenceView]
     host_blocks: int = 0
     host_blocks_used: int = 0
+    disk_blocks: int = 0
 
 
 class Inspection(msgspec.Struct, frozen=True, tag=True):

@@ -17,7 +17,8 @@ from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
 from kernels.pages import Pages, QuantizedPages
 from models.decoder import CausalLM
-from paged_cache.block_copy import BlockCopy
+from paged_cache.block_copy import BlockCopy, DiskCopy
+from paged_cache.disk_tier import DiskTier
 from paged_cache.host_pages import host_pages
 from paged_cache.layout import KVLayout
 from paged_cache.storage import KVStorage
@@ -28,7 +29,7 @@ class Runner:
     """A model, its KV pages, and the per-slot state.
 
     Attributes:
-        host: KV pages in host memory, where there are any.
+        host: KV pages in host memory, where there are any; disk: the tier below them.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Runner:
         grammars: GrammarMasks,
         device: torch.device,
         num_host_blocks: int = 0,
+        disk: DiskTier | None = None,
     ) -> None:
         self.model = model
         self.grammars = grammars
         self.storage = KVStorage(layout, device)
         self.host = host_pages(self.storage, num_host_blocks, backend) if num_host_blocks else None
+        self.disk = disk
         self.state = SlotState(
             max_num_seqs,
             max_model_len,
@@ -66,6 +69,8 @@ class Runner:
         self.state.apply(plan)
         self.grammars.admit(plan)
         filling = self.grammars.begin(plan)
+        if plan.disk_copies:
+            self._copy_with_disk(plan.disk_copies)
         if plan.copies:
             self._copy(plan.copies)
         if not plan.scheduled:
@@ -81,6 +86,15 @@ class Runner:
         return StepResult(
             plan.id, tokens, scores, prompt_scores, broken=masks.broken if masks else {}
         )
+
+    def _copy_with_disk(self, copies: list[DiskCopy]) -> None:
+        """What leaves a slot before what comes into one; `copies` are in that order."""
+        assert self.host is not None and self.disk is not None
+        for copy in copies:
+            if copy.kind == "to_disk":
+                self.disk.save(copy.key, self.host.read(copy.slot))
+            else:
+                self.host.write(copy.slot, self.disk.take(copy.key))
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         """All copies of a kind at once, in the order of the kinds (`StepPlan`)."""

@@ -1,9 +1,11 @@
-"""Blocks whose content a step needs elsewhere before it computes."""
+"""Blocks whose content is needed elsewhere before a step computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from paged_cache.pool import Key
 
 CopyKind = Literal["cow", "to_host", "to_device"]
 
@@ -20,3 +22,13 @@ class BlockCopy:
     src: int
     dst: int
     kind: CopyKind = "cow"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """Content goes from a slot of the host tier to the disk (`to_disk`), or from what was read from
+    the disk into a slot (`from_disk`)."""
+
+    slot: int
+    key: Key
+    kind: Literal["to_disk", "from_disk"]

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,18 @@ class HostPages:
 
     def _measured(self, copies: list[BlockCopy], seconds: float) -> None:
         self.copying.observe(len(copies) * self.bytes_per_block, seconds)
+
+    def read(self, slot: int) -> bytes:
+        """The content of a slot, when all copies into it have ended."""
+        return _bytes(self.pages[slot]).numpy().tobytes()
+
+    def write(self, slot: int, data: memoryview) -> None:
+        """Fills a slot, when all copies out of it have ended."""
+        _bytes(self.pages[slot]).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+
+    def read_block(self, block: int) -> bytes:
+        """The content of a block of the pool, laid out as in a slot."""
+        return _bytes(self.blocks[:, :, block].contiguous().cpu()).numpy().tobytes()
 
     def probe(self) -> None:
         """Measures the rate, by copying block 0 back and forth; slots must not be in use yet."""
@@ -122,6 +135,14 @@ class PinnedPages(HostPages):
             self._backend.scatter_blocks(self._arriving, self.blocks, ids)
             self._scattered.record(main)
 
+    def read(self, slot: int) -> bytes:
+        self._side.synchronize()
+        return super().read(slot)
+
+    def write(self, slot: int, data: memoryview) -> None:
+        self._side.synchronize()
+        super().write(slot, data)
+
     def probe(self) -> None:
         super().probe()
         self._side.synchronize()
@@ -151,6 +172,10 @@ class PinnedPages(HostPages):
                 return
             self._timed.popleft()
             self._measured(copies, began.elapsed_time(ended) / 1000)
+
+
+def _bytes(block: Tensor) -> Tensor:
+    return block.view(-1).view(torch.uint8)
 
 
 def host_pages(storage: KVStorage, num_slots: int, backend: Backend) -> HostPages:

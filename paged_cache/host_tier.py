@@ -11,11 +11,17 @@ from paged_cache.pool import Key
 
 @dataclass(slots=True, eq=False)
 class HostBlock:
-    """Content that lies in host memory. `pins` counts who needs it to stay there."""
+    """Content that lies in host memory.
+
+    Attributes:
+        pins: who needs it to stay there.
+        from_disk: it was read from the disk and not used yet.
+    """
 
     key: Key
     slot: int
     pins: int = 0
+    from_disk: bool = False
 
 
 class HostTier:
@@ -92,6 +98,11 @@ class HostTier:
             self._idle[block.key] = block
             if not self._keep:
                 self._remove(block)
+
+    def blocks(self) -> list[HostBlock]:
+        """All that it holds: pinned blocks, then idle ones, the last used first."""
+        pinned = [block for block in self._blocks.values() if block.pins]
+        return pinned + list(reversed(self._idle.values()))
 
     def forget_all(self) -> None:
         """Every slot is free: for when the content is in doubt."""

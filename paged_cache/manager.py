@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from paged_cache.block_copy import BlockCopy
+from paged_cache.block_copy import BlockCopy, DiskCopy
 from paged_cache.explain import Explanation, Missing, PrefixMemory, missing, reach
 from paged_cache.host_tier import HostBlock, HostTier
 from paged_cache.layout import most_blocks
 from paged_cache.pool import BlockPool, Key
 from paged_cache.prefix import KEY_BYTES, PrefixHasher
 from paged_cache.table import SequenceBlocks
-from paged_cache.tiers import Tiers
+from paged_cache.tiers import Disk, Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class KVCacheManager:
         prefix_cache: whether blocks are published and found again.
         isolate_tenants: whether one tenant's blocks are hidden from the others.
         host: the tier for blocks that the pool gives up; none unless given.
+        disk: the tier below that one, which needs a host tier to pass through.
+        hash_key: what content is hashed with; drawn at random unless given.
     """
 
     def __init__(
@@ -58,17 +60,19 @@ class KVCacheManager:
         prefix_cache: bool = True,
         isolate_tenants: bool = False,
         host: HostTier | None = None,
+        disk: Disk | None = None,
+        hash_key: bytes | None = None,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = pool
         self.block_size = block_size
         self.windows = windows
-        self._hasher = PrefixHasher(secrets.token_bytes(KEY_BYTES), block_size)
+        self._hasher = PrefixHasher(hash_key or secrets.token_bytes(KEY_BYTES), block_size)
         self._prefix_cache = prefix_cache
         self._isolate_tenants = isolate_tenants
         self.memory = PrefixMemory()
-        self.tiers = Tiers(host or HostTier(0))
+        self.tiers = Tiers(host or HostTier(0), disk)
         pool.on_evict = self.tiers.offer
         self._opened = itertools.count()
         self._full = [g for g, window in enumerate(windows) if not window]
@@ -123,8 +127,7 @@ class KVCacheManager:
         Returns:
             (tokens found, entries of all tables), or None if too few blocks are free.
         """
-        most = len(tokens) - 1 if reusable is None else min(len(tokens) - 1, reusable)
-        found = self._find(seq, tokens, most // self.block_size)
+        found = self._find(seq, tokens, self._most_found(tokens, reusable), self._holds)
         position = found * self.block_size
         firsts = [self._first_seen(group, position) for group in range(len(self.windows))]
         hits = [
@@ -145,7 +148,7 @@ class KVCacheManager:
         # memory: what was found is made safe first.
         self.pool.share(here)
         self.tiers.pin(below)
-        self._let_go(seq)
+        self.tiers.let_go(seq)
         for table, first, row in zip(seq.tables, firsts, hits, strict=True):
             table.fill(first, [self._bring(b) if isinstance(b, HostBlock) else b for b in row])
         self._append(seq, ends)
@@ -153,6 +156,32 @@ class KVCacheManager:
         self.memory.started(seq.root, tokens)
         self._count_hits(firsts, hits)
         return position, self.entries(seq)
+
+    def fetch(
+        self, seq: SequenceBlocks, tokens: Sequence[int], reusable: int | None = None
+    ) -> bool:
+        """Asks the disk, once, for what it alone holds of what `start` could find.
+
+        Returns:
+            whether something of it is still being read: `start` would compute it in vain.
+        """
+        disk = self.tiers.disk
+        if disk is not None and self._prefix_cache and not seq.asked:
+            seq.asked = True
+
+            def holds(key: Key) -> bool:
+                return self._holds(key) or disk.holds(key)
+
+            found = self._find(seq, tokens, self._most_found(tokens, reusable), holds)
+            first = [self._first_seen(g, found * self.block_size) for g in range(len(self.windows))]
+            keys = [
+                (group, seq.chain[place])
+                for place in range(found)
+                for group in range(len(self.windows))
+                if place >= first[group]
+            ]
+            self.tiers.fetch(seq, [key for key in keys if not self._holds(key)])
+        return seq.awaited > 0
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, position: int) -> bool:
         """Lets the empty `child` share the blocks in which `parent` has the positions before
@@ -170,7 +199,7 @@ class KVCacheManager:
             shared = theirs.blocks[first:needed]
             self.pool.share(shared)
             mine.fill(first, shared)
-        self._let_go(child)
+        self.tiers.let_go(child)
         child.chain = parent.chain[: position // self.block_size]
         child.published = min(parent.published, position // self.block_size)
         return True
@@ -238,7 +267,8 @@ class KVCacheManager:
         for table in seq.tables:
             self.pool.drop(table.clear())
         seq.published = 0
-        self._let_go(seq)
+        seq.asked = False
+        self.tiers.let_go(seq)
 
     def swap_out(self, seq: SequenceBlocks, tokens: Sequence[int], num_computed: int) -> bool:
         """Takes the blocks of a running sequence back and moves the full ones to host memory, where
@@ -266,16 +296,18 @@ class KVCacheManager:
         seq.kept = kept
         return True
 
-    def _let_go(self, seq: SequenceBlocks) -> None:
-        self.tiers.unpin(seq.kept)
-        seq.kept = []
-
     # ------------------------------------------------------------------ a plan's end
 
-    def take_copies(self) -> list[BlockCopy]:
-        """The copies between pool and host memory that the plan made since the last call needs, in
-        the order in which they must happen, before its own."""
+    def take_copies(self) -> tuple[list[BlockCopy], list[DiskCopy]]:
+        """The copies between the tiers that the plan made since the last call needs, in the order
+        in which they must happen, before its own; those with the disk come first."""
         return self.tiers.take()
+
+    def cached(self) -> list[tuple[Key, int | HostBlock]]:
+        """All content in memory that can be found, and where, between two plans: the pool's first,
+        each newest first."""
+        below = [(held.key, held) for held in self.tiers.host.blocks()]
+        return [*self.pool.published(), *below]
 
     def forget_all(self) -> None:
         """Nothing in memory is found any more: for when the content of blocks is in doubt."""
@@ -291,7 +323,7 @@ class KVCacheManager:
         if not self._prefix_cache:
             return Explanation(0, [0 for _ in groups], [Missing(0, len(tokens), "off")])
         seq = SequenceBlocks(len(self.windows), self._hasher.root(salt, owner))
-        found = self._find(seq, tokens, (len(tokens) - 1) // self.block_size)
+        found = self._find(seq, tokens, self._most_found(tokens), self._holds)
         holds, evicted = self._holds, set(self.pool.evicted)
 
         def known(digest: bytes) -> bool:
@@ -315,13 +347,24 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ inside
 
-    def _find(self, seq: SequenceBlocks, tokens: Sequence[int], found: int) -> int:
-        """Most blocks from the start of `tokens`, up to `found`, whose content pool or host memory
-        has, in every group as far as the next position sees them."""
+    def _most_found(self, tokens: Sequence[int], reusable: int | None = None) -> int:
+        """Blocks at the start of `tokens` that need not be computed if they are found."""
+        most = len(tokens) - 1
+        return (most if reusable is None else min(most, reusable)) // self.block_size
+
+    def _find(
+        self,
+        seq: SequenceBlocks,
+        tokens: Sequence[int],
+        found: int,
+        holds: Callable[[Key], bool],
+    ) -> int:
+        """Most blocks from the start of `tokens`, up to `found`, whose content some tier `holds`,
+        in every group as far as the next position sees them."""
         if not self._prefix_cache and not seq.kept:
             return 0
         self._hasher.extend(seq.root, seq.chain, tokens, found)
-        holds, chain = self._holds, seq.chain
+        chain = seq.chain
         for group in self._full:
             cached = 0
             while cached < found and holds((group, chain[cached])):
@@ -361,13 +404,12 @@ class KVCacheManager:
         return blocks[0]
 
     def _count_hits(self, firsts: list[int], hits: list[list[int | HostBlock]]) -> None:
-        places = {
-            place
-            for first, row in zip(firsts, hits, strict=True)
-            for place, block in enumerate(row, first)
-            if isinstance(block, HostBlock)
-        }
-        self.tiers.host_hits += len(places) * self.block_size
+        places: dict[int, list[HostBlock]] = {}
+        for first, row in zip(firsts, hits, strict=True):
+            for place, block in enumerate(row, first):
+                if isinstance(block, HostBlock):
+                    places.setdefault(place, []).append(block)
+        self.tiers.count_hits(places.values(), self.block_size)
 
     def _append(self, seq: SequenceBlocks, ends: list[int]) -> list[NewBlocks]:
         """Lengthens each group's table to hold ends[group] tokens; the caller knows that there are

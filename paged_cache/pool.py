@@ -134,6 +134,13 @@ class BlockPool:
         """What `block` is found by."""
         return self._key_of.get(block)
 
+    def published(self) -> list[tuple[Key, int]]:
+        """All content that can be found, and where: used blocks, then free ones, the last used
+        first."""
+        used = [(key, block) for key, block in self._block_of.items() if self._refs[block]]
+        free = [(self._key_of[b], b) for b in reversed(self._free) if b in self._key_of]
+        return used + free
+
     def forget_all(self) -> None:
         """Nothing is found any more: for when the content of blocks is in doubt."""
         self._key_of.clear()

@@ -66,10 +66,12 @@ class SequenceBlocks:
         chain: chained hashes of the sequence's full blocks, as far as they were needed.
         root: what the chain starts from: two sequences share blocks only if their roots are equal.
         published: full blocks that can be found by others.
-        kept: blocks that host memory keeps for the sequence until it runs again.
+        kept: blocks that host memory keeps for the sequence until it runs.
+        asked: whether the disk was asked for the beginning of the sequence; awaited: blocks that it
+            has not answered for yet.
     """
 
-    __slots__ = ("chain", "kept", "published", "root", "tables")
+    __slots__ = ("asked", "awaited", "chain", "kept", "published", "root", "tables")
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.tables = tuple(BlockTable() for _ in range(num_groups))
@@ -77,6 +79,8 @@ class SequenceBlocks:
         self.root = root
         self.published = 0
         self.kept: list[HostBlock] = []
+        self.asked = False
+        self.awaited = 0
 
     @property
     def num_held(self) -> int:

@@ -16,6 +16,7 @@ class Wait(Enum):
     SLOT = "no slot"  # as many sequences run as may
     BLOCKS = "no blocks"  # too few KV blocks are free
     LEADER = "leader's prompt"  # another answer of its request still reads the prompt of both
+    DISK = "disk"  # KV blocks of its beginning are being read; others may pass it
     PREEMPTION = "preemption"  # somebody lost blocks in this step: nobody new comes in
 
 

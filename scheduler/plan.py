@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from paged_cache.block_copy import BlockCopy
+from paged_cache.block_copy import BlockCopy, DiskCopy
 from scheduler.request import SamplingParams
 
 
@@ -54,11 +54,11 @@ class ScheduledSeq:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. Applied in this order: admitted, new_blocks, copies, then scheduled is
-    computed. In `scheduled`, sequences with one token come before those with more.
+    """One forward pass. Applied in this order: admitted, new_blocks, disk_copies, copies, then
+    scheduled is computed. In `scheduled`, sequences with one token come before those with more.
 
-    Copies of a kind happen at once, and the kinds one after the other: `to_host` before anything
-    overwrites the blocks, `to_device`, `cow`.
+    Copies of a kind happen at once, and the kinds one after the other, so that nothing is
+    overwritten before it was read: `to_disk`, `from_disk`, `to_host`, `to_device`, `cow`.
 
     Last tokens live on the device by slot, so a plan can be launched before the results of the
     one before it were read back.
@@ -68,12 +68,13 @@ class StepPlan:
     admitted: list[Admitted] = field(default_factory=list)
     new_blocks: list[SlotBlocks] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    disk_copies: list[DiskCopy] = field(default_factory=list)
     scheduled: list[ScheduledSeq] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """Whether the device has nothing to do."""
-        return not self.scheduled and not self.copies
+        return not (self.scheduled or self.copies or self.disk_copies)
 
     @property
     def num_tokens(self) -> int:

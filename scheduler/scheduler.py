@@ -187,6 +187,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans the next step; the plan is empty when nothing can run."""
+        self.cache.tiers.poll()
         step = _Step(StepPlan(self._next_plan), self.max_num_batched_tokens)
         self._next_plan += 1
         ready = [seq for seq in self.running if not seq.exhausted]
@@ -239,12 +240,13 @@ class Scheduler:
         blocks. Who waits for something other than room is passed over.
 
         Returns:
-            what the next one waits for, if there is one.
+            what the first one waits for, if there is one.
         """
         while step.budget and self._free_slots:
-            seq = self.waiting.first(lambda s: not self._waits_for_leader(s))
+            seq = self.waiting.first(self._is_ready)
             if seq is None:
-                return Wait.LEADER
+                reading = any(s.blocks.awaited for s in self.waiting)
+                return Wait.DISK if reading else Wait.LEADER
             share = self._enter(seq, step.budget) if self._may_grow(seq.most_blocks) else None
             if share is None:
                 return Wait.BLOCKS
@@ -259,6 +261,12 @@ class Scheduler:
             step.choose(seq, share)
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
         return Wait.BUDGET if not step.budget else Wait.SLOT
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Whether room is all that `seq` may lack. The disk is asked for its blocks here."""
+        return not self._waits_for_leader(seq) and not self.cache.fetch(
+            seq.blocks, seq.tokens, self._reusable(seq)
+        )
 
     def _waits_for_leader(self, seq: Sequence) -> bool:
         """Whether the prompt of `seq` is being computed by another answer of its request."""
@@ -284,15 +292,18 @@ class Scheduler:
         forked = self._fork(seq, spare)
         if forked is not None:
             return forked
-        # Positions whose logits are wanted must be computed, whatever the cache holds.
-        reusable = seq.length if seq.num_scored >= seq.to_score else seq.num_scored
-        started = self.cache.start(seq.blocks, seq.tokens, budget, spare, reusable)
+        started = self.cache.start(seq.blocks, seq.tokens, budget, spare, self._reusable(seq))
         if started is None:
             return None
         found, new = started
         self._count_found(seq, found)
         seq.num_computed = found
         return _Share(min(seq.todo, budget), new, [])
+
+    def _reusable(self, seq: Sequence) -> int:
+        """Positions before this one may be found. Those whose logits are wanted must be computed,
+        whatever the cache holds."""
+        return seq.length if seq.num_scored >= seq.to_score else seq.num_scored
 
     def _fork(self, seq: Sequence, spare: int) -> _Share | None:
         """Lets `seq` begin from the blocks of its leader, whose prompt is computed. The prompt's
@@ -327,7 +338,9 @@ class Scheduler:
         """Writes the chosen sequences into the plan, single tokens first, and counts their tokens
         as computed."""
         plan, awaited = step.plan, _Awaited([], [])
-        plan.copies.extend(self.cache.take_copies())
+        copies, disk_copies = self.cache.take_copies()
+        plan.copies.extend(copies)
+        plan.disk_copies.extend(disk_copies)
         for seq, share in sorted(step.chosen.items(), key=lambda item: item[1].count > 1):
             start = seq.num_computed
             seq.num_computed += share.count

@@ -75,6 +75,7 @@ def describe(view: CacheView) -> dict[str, Any]:
         ),
         "hashes": hashes,
         "host": {"num_blocks": view.host_blocks, "used": view.host_blocks_used},
+        "disk": {"num_blocks": view.disk_blocks},
         "sequences": view.sequences,
     }
 

@@ -93,6 +93,12 @@ def computed(cache: KVCacheManager, tokens: list[int]) -> SequenceBlocks:
     return seq
 
 
+def copies_of(cache: KVCacheManager) -> list[BlockCopy]:
+    copies, with_disk = cache.take_copies()
+    assert with_disk == []
+    return copies
+
+
 def displaced(cache: KVCacheManager, tokens: list[int]) -> None:
     """Computes `tokens`, then fills the whole pool with something else."""
     cache.release(computed(cache, tokens))
@@ -104,12 +110,12 @@ def displaced(cache: KVCacheManager, tokens: list[int]) -> None:
 def test_evicted_blocks_move_out_and_come_back_on_a_hit():
     cache = make(4, 8)
     displaced(cache, TOKENS)
-    out = cache.take_copies()
+    out = copies_of(cache)
     assert sorted((c.src, c.kind) for c in out) == [(i, "to_host") for i in range(3)]
     seq = cache.open()
     found, entries = cache.start(seq, TOKENS, 32)
     assert found == 12 and cache.tiers.host_hits == 12
-    back = cache.take_copies()
+    back = copies_of(cache)
     slot_of = {copy.src: copy.dst for copy in out}  # block b held tokens 4b..
     assert back == [
         BlockCopy(slot_of[place], block, "to_device")
@@ -117,7 +123,7 @@ def test_evicted_blocks_move_out_and_come_back_on_a_hit():
     ]
     again = cache.open()
     cache.release(seq)
-    assert cache.start(again, TOKENS, 32)[0] == 12 and cache.take_copies() == []
+    assert cache.start(again, TOKENS, 32)[0] == 12 and copies_of(cache) == []
 
 
 def test_what_is_brought_back_is_not_pushed_out_by_its_own_coming():
@@ -125,9 +131,9 @@ def test_what_is_brought_back_is_not_pushed_out_by_its_own_coming():
     cache = make(4, 3)
     displaced(cache, TOKENS)
     cache.release(computed(cache, [50, *TOKENS]))
-    cache.take_copies()
+    copies_of(cache)
     assert cache.start(cache.open(), TOKENS, 32)[0] == 12
-    assert [copy.kind for copy in cache.take_copies()] == ["to_device"] * 3
+    assert [copy.kind for copy in copies_of(cache)] == ["to_device"] * 3
 
 
 def test_a_hit_needs_a_free_block_for_everything_that_comes_back():
@@ -145,13 +151,13 @@ def test_a_hit_needs_a_free_block_for_everything_that_comes_back():
 def test_a_block_that_has_not_come_yet_is_not_copied_out():
     cache = make(4, 8)
     displaced(cache, TOKENS)
-    cache.take_copies()
+    copies_of(cache)
     seq = cache.open()
     cache.start(seq, TOKENS, 32)
     cache.release(seq)
     other = cache.open()
     cache.start(other, [98] * 16, 32)
-    assert cache.take_copies() == []
+    assert copies_of(cache) == []
     cache.tiers.host.check([])
 
 
@@ -165,7 +171,7 @@ def test_a_swapped_sequence_finds_its_own_blocks(prefix_cache: bool):
     cache.start(displacing, [5] * 16, 32)
     cache.release(displacing)
     assert cache.start(seq, TOKENS, 32)[0] == 12
-    kinds = [copy.kind for copy in cache.take_copies()]
+    kinds = [copy.kind for copy in copies_of(cache)]
     assert kinds == ["to_host"] * 3 + ["to_device"] * 3
 
 
@@ -177,7 +183,7 @@ def test_without_a_prefix_cache_only_its_own_sequence_finds_swapped_blocks():
     assert cache.start(second, TOKENS, 32)[0] == 0
     cache.release(second)
     assert cache.start(first, TOKENS, 32)[0] == 12
-    cache.take_copies()
+    copies_of(cache)
     assert cache.tiers.host.num_used == 0, "nobody will look for them again"
 
 
@@ -185,7 +191,7 @@ def test_a_swap_that_does_not_fit_changes_nothing():
     cache = make(8, 2)
     seq = computed(cache, TOKENS)
     assert not cache.swap_out(seq, TOKENS, 13)
-    assert len(seq.tables[0].held) == 4 and cache.take_copies() == []
+    assert len(seq.tables[0].held) == 4 and copies_of(cache) == []
     cache.tiers.host.check([])
 
 
@@ -216,6 +222,6 @@ def test_forgetting_forgets_the_tier():
     seq = computed(cache, [*TOKENS[:5], 77])
     cache.swap_out(seq, [*TOKENS[:5], 77], 6)
     cache.forget_all()
-    assert cache.take_copies() == []
+    assert copies_of(cache) == []
     assert cache.start(cache.open(), TOKENS, 32)[0] == 0
     assert cache.start(seq, TOKENS, 32) is None

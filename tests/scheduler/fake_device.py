@@ -10,8 +10,10 @@ be predicted from the prompt alone (`expected`).
 import hashlib
 import struct
 from collections import Counter
+from typing import Any
 
 from paged_cache.block_copy import BlockCopy, CopyKind
+from paged_cache.pool import Key
 from scheduler.plan import ScheduledSeq, Scores, StepPlan, StepResult
 from scheduler.random_numbers import uniform
 from scheduler.request import Request, SamplingParams
@@ -47,13 +49,80 @@ def expected(request: Request, index: int, eos: frozenset[int]) -> list[int]:
     return tokens[len(request.prompt_ids) :]
 
 
+Rows = list[int | None]
+
+
+class FakeDisk:
+    """A disk without files: `paged_cache.tiers.Disk`, and the side that the device sees.
+
+    Args:
+        max_blocks: the oldest is dropped for another, even while it is being read.
+        delay: polls from a `load` to its end.
+        broken: every so many reads one fails; 0 is never.
+    """
+
+    def __init__(self, max_blocks: int, delay: int = 0, broken: int = 0) -> None:
+        self.max_blocks, self.delay, self.broken = max_blocks, delay, broken
+        self.files: dict[Key, Rows] = {}
+        self.loaded: dict[Key, Rows] = {}
+        self.reading: list[list[Any]] = []  # [polls left, key]
+        self.num_bytes = self.num_errors = self.reads = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.files)
+
+    def holds(self, key: Key) -> bool:
+        return key in self.files
+
+    def save(self, key: Key, rows: Rows) -> None:
+        self.files[key] = rows
+        if len(self.files) > self.max_blocks:
+            del self.files[next(iter(self.files))]
+
+    def load(self, key: Key) -> None:
+        assert all(key != reading for _, reading in self.reading), "read twice at once"
+        self.reading.append([self.delay, key])
+
+    def poll(self) -> list[tuple[Key, bool]]:
+        ended: list[tuple[Key, bool]] = []
+        for item in self.reading:
+            item[0] -= 1
+        for _, key in [item for item in self.reading if item[0] < 0]:
+            self.reads += 1
+            good = key in self.files and not (self.broken and self.reads % self.broken == 0)
+            if good:
+                self.loaded[key] = self.files[key]
+            else:
+                self.files.pop(key, None)
+            ended.append((key, good))
+        self.reading = [item for item in self.reading if item[0] >= 0]
+        return ended
+
+    def take(self, key: Key) -> Rows:
+        return self.loaded.pop(key)
+
+    def discard(self, key: Key) -> None:
+        del self.loaded[key]
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
 class FakeDevice:
     """Attributes:
     computed: tokens computed so far, over all sequences and steps.
     copied: blocks copied so far, by kind.
     """
 
-    def __init__(self, num_slots: int, block_size: int, windows: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        block_size: int,
+        windows: tuple[int, ...] = (0,),
+        disk: FakeDisk | None = None,
+    ) -> None:
+        self.disk = disk
         self.block_size = block_size
         self.windows = windows
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
@@ -88,10 +157,28 @@ class FakeDevice:
             assert min(entries.blocks) >= 0
             table = self.tables[entries.slot][entries.group]
             table.update(enumerate(entries.blocks, entries.first))
+        self._copy_with_disk(plan)
         for kind, source, target in COPIES:
             copies = [copy for copy in plan.copies if copy.kind == kind]
             self._copy(copies, getattr(self, source), getattr(self, target))
             self.copied[kind] += len(copies)
+
+    def _copy_with_disk(self, plan: StepPlan) -> None:
+        written = [copy.slot for copy in plan.disk_copies if copy.kind == "from_disk"]
+        written += [copy.dst for copy in plan.copies if copy.kind == "to_host"]
+        assert len(set(written)) == len(written), "a slot is written twice"
+        kinds = [copy.kind for copy in plan.disk_copies]
+        assert kinds == sorted(kinds, reverse=True), "what leaves a slot comes first"
+        for copy in plan.disk_copies:
+            assert self.disk is not None
+            places = [(copy.slot, row) for row in range(self.block_size)]
+            if copy.kind == "to_disk":
+                self.disk.save(copy.key, [self.host.get(place) for place in places])
+                continue
+            for place, value in zip(places, self.disk.take(copy.key), strict=True):
+                self.host.pop(place, None)
+                if value is not None:
+                    self.host[place] = value
 
     def _copy(
         self,

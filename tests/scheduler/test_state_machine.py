@@ -24,7 +24,7 @@ from scheduler.preemption import Preemption, PreemptionMode
 from scheduler.request import InvalidRequest, Request
 from scheduler.scheduler import Progress, Scheduler
 from scheduler.sequence import Sequence
-from tests.scheduler.fake_device import FakeDevice, expected, make_request
+from tests.scheduler.fake_device import FakeDevice, FakeDisk, expected, make_request
 
 EOS = frozenset({0, 1, 2})
 STEPS = int(os.environ.get("TEST_STEPS", "50000"))
@@ -34,7 +34,7 @@ STEPS_PER_RUN = 60
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Adds, aborts, plans and commits in any order, with up to two plans in flight."""
+    """Adds, aborts, plans, commits and restarts in any order, with up to two plans in flight."""
 
     rules_run = 0
     seen: ClassVar[Counter[str]] = Counter()  # so that no part of it is left out by bad luck
@@ -51,6 +51,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         reserve=st.sampled_from([False, False, False, True]),
         host_slots=st.sampled_from([0, 1, 3, 8, 30, 30]),
         preemption=st.sampled_from(["recompute", "swap", "swap"]),
+        disk_blocks=st.sampled_from([0, 2, 100, 100]),
+        disk_delay=st.integers(0, 3),
+        disk_broken=st.sampled_from([0, 0, 5]),
     )
     def start(
         self,
@@ -65,27 +68,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         reserve: bool,
         host_slots: int,
         preemption: PreemptionMode,
+        disk_blocks: int,
+        disk_delay: int,
+        disk_broken: int,
     ) -> None:
-        self.pool = BlockPool(blocks)
-        self.host = HostTier(host_slots, keep=prefix_cache)
-        cache = KVCacheManager(
-            self.pool,
-            block_size,
-            windows,
-            prefix_cache=prefix_cache,
-            isolate_tenants=isolated,
-            host=self.host,
-        )
-        self.scheduler = Scheduler(
-            cache,
-            max_num_seqs=slots,
-            max_num_batched_tokens=budget,
-            eos_token_ids=EOS,
-            watermark=watermark,
-            reserve=reserve,
-            preemption=Preemption(preemption),
-        )
-        self.device = FakeDevice(slots, block_size, windows)
+        disk = FakeDisk(disk_blocks, disk_delay, disk_broken)
+        self.disk = disk if disk_blocks and host_slots and prefix_cache else None
+
+        def boot() -> None:
+            """Everything but the disk is as new."""
+            self.pool = BlockPool(blocks)
+            self.host = HostTier(host_slots, keep=prefix_cache)
+            cache = KVCacheManager(
+                self.pool,
+                block_size,
+                windows,
+                prefix_cache=prefix_cache,
+                isolate_tenants=isolated,
+                host=self.host,
+                disk=self.disk,
+                hash_key=bytes(32),
+            )
+            self.scheduler = Scheduler(
+                cache,
+                max_num_seqs=slots,
+                max_num_batched_tokens=budget,
+                eos_token_ids=EOS,
+                watermark=watermark,
+                reserve=reserve,
+                preemption=Preemption(preemption),
+            )
+            self.device = FakeDevice(slots, block_size, windows, self.disk)
+
+        self.boot = boot
+        self.boot()
         self.in_flight: deque[StepResult] = deque()
         self.requests: dict[str, Request] = {}
         self.answers: dict[tuple[str, int], list[int]] = {}
@@ -180,6 +196,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in self.scheduler.fail(plan):
             self.reasons[item.seq.request.id, item.seq.index] = "error"
 
+    @precondition(lambda self: self.disk and self.disk.num_blocks)
+    @rule()
+    def restart(self) -> None:
+        for name in self.requests:
+            self.take(self.scheduler.abort(name))
+        self.in_flight.clear()
+        self.tally()
+        assert self.disk is not None
+        self.disk.reading.clear()
+        self.disk.loaded.clear()
+        self.boot()
+
     def take(self, progress: list[Progress]) -> None:
         for item in progress:
             key = (item.seq.request.id, item.seq.index)
@@ -210,6 +238,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 limit = window + self.counts[seq] - 1 + 2 * cache.block_size
                 assert not window or held < limit
 
+    def tally(self) -> None:
+        tiers = self.scheduler.cache.tiers
+        self.seen["preemptions"] += self.scheduler.num_preemptions
+        self.seen["hits"] += self.scheduler.prefix.hits
+        self.seen["recovered"] += self.scheduler.prefix.recovered
+        self.seen["evicted"] += self.pool.num_evicted
+        self.seen["swapped"] += self.scheduler.preemption.num_swapped
+        self.seen["host hits"] += tiers.host_hits
+        self.seen["disk hits"] += tiers.disk_hits
+        self.seen.update(self.device.copied)
+
     def teardown(self) -> None:
         """Everything admitted finishes, with the tokens that it would have had alone."""
         if not hasattr(self, "scheduler"):
@@ -222,14 +261,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(self.scheduler.commit(self.device.run(self.scheduler.schedule())))
         assert not self.scheduler.has_work
         assert self.pool.num_used == 0
-        cache = self.scheduler.cache
-        self.seen["preemptions"] += self.scheduler.num_preemptions
-        self.seen["hits"] += self.scheduler.prefix.hits
-        self.seen["recovered"] += self.scheduler.prefix.recovered
-        self.seen["evicted"] += self.pool.num_evicted
-        self.seen["swapped"] += self.scheduler.preemption.num_swapped
-        self.seen["host hits"] += cache.tiers.host_hits
-        self.seen.update(self.device.copied)
+        self.tally()
         assert len(self.scheduler._free_slots) == len(self.device.tokens)
         for name, request in self.requests.items():
             for index in range(request.n):

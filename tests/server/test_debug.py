@@ -20,6 +20,7 @@ VIEW = CacheView(
     sequences=[SequenceView("r", 1, "running", 40, 32, 2, [[0, 1], [-1, 1]], swaps=1)],
     host_blocks=8,
     host_blocks_used=3,
+    disk_blocks=20,
 )
 
 
@@ -29,6 +30,7 @@ def test_a_map_of_the_pool() -> None:
     assert answer["counts"] == {"free": 2, "cached": 1, "used": 1, "shared": 1}
     assert answer["hashes"] == {"1": "abcdef01", "2": "11223344"}
     assert (answer["block_size"], answer["windows"], answer["num_blocks"]) == (16, [0, 64], 5)
+    assert answer["disk"] == {"num_blocks": 20}
     assert answer["host"] == {"num_blocks": 8, "used": 3}
     assert answer["sequences"] == [
         {
