@@ -323,6 +323,17 @@ class LimitSettings(Section):
     max_body_bytes: Annotated[Bytes, Field(ge=1, description="Largest request body")] = 4 << 20
     max_messages: Annotated[Count, Field(description="Most messages of one chat")] = 1000
     max_prompts: Annotated[Count, Field(description="Most prompts of one completion")] = 1000
+    max_n: Annotated[Count, Field(description="Most answers to one prompt (`n`)")] = 128
+    max_answers: Annotated[Count, Field(description="Most answers to all prompts together")] = (
+        10_000
+    )
+    max_stop_strings: Annotated[Count, Field(description="Most strings in `stop`")] = 16
+    max_stop_token_ids: Annotated[Count, Field(description="Most ids in `stop_token_ids`")] = 128
+    max_logit_bias: Annotated[Count, Field(description="Most tokens in `logit_bias`")] = 300
+    max_logprobs: Annotated[
+        int,
+        Field(ge=0, le=1000, description="Most log-probabilities told in place of one token"),
+    ] = 20
     max_queued_requests: Annotated[
         Count, Field(description="Most prompts that wait for their first token; others get a 503")
     ] = 2048

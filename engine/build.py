@@ -41,15 +41,13 @@ from paged_cache.pool import BlockPool
 from scheduler.fairness import FairShares
 from scheduler.plan import Admitted, ScheduledSeq, StepPlan
 from scheduler.preemption import Preemption, PreemptionMode
-from scheduler.request import MAX_LOGPROBS, SamplingParams
+from scheduler.request import SamplingParams
 from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("quire.engine")
 
 # The largest step is measured with what takes the most memory per sampled row.
-COSTLY = SamplingParams(
-    top_p=0.9, repetition_penalty=1.1, presence_penalty=1.0, logprobs=MAX_LOGPROBS
-)
+COSTLY = SamplingParams(top_p=0.9, repetition_penalty=1.1, presence_penalty=1.0, logprobs=20)
 
 
 class StartError(Exception):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scheduler.plan import StepPlan
-from scheduler.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from scheduler.request import SamplingParams
 
 _FLOATS = (
     "temperature",
@@ -54,7 +54,7 @@ class SlotState:
         temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty:
             float32 [slots]
         top_k: int64 [slots], 0 where off; num_prompt, num_edits: int64 [slots]
-        edit_ids, edit_until: int64 [slots, most edits]; edit_values: float32, the same shape. The
+        edit_ids, edit_until: int64 [slots, most edits so far]; edit_values: float32, the same. The
             first num_edits of a row count: `value` is added to the logit of token `id` while fewer
             than `until` tokens are generated.
     """
@@ -78,11 +78,10 @@ class SlotState:
         self.presence_penalty, self.frequency_penalty, self.repetition_penalty = self._floats[3:]
         self._counts = torch.zeros(3, num_slots, dtype=torch.int64, device=device)
         self.top_k, self.num_prompt, self.num_edits = self._counts
-        most_edits = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(eos_token_ids)
         self.edit_ids, self.edit_until = torch.zeros(
-            2, num_slots, most_edits, dtype=torch.int64, device=device
+            2, num_slots, 0, dtype=torch.int64, device=device
         )
-        self.edit_values = torch.zeros(num_slots, most_edits, device=device)
+        self.edit_values = torch.zeros(num_slots, 0, device=device)
         self._eos_token_ids = eos_token_ids
         self._traits = np.zeros(num_slots, TRAITS)
 
@@ -141,6 +140,12 @@ class SlotState:
         return edits
 
     def _write_edits(self, slot: int, edits: list[tuple[int, int, float]]) -> None:
+        missing = len(edits) - self.edit_ids.shape[1]
+        if missing > 0:
+            self.edit_ids, self.edit_until, self.edit_values = (
+                torch.nn.functional.pad(table, (0, missing))
+                for table in (self.edit_ids, self.edit_until, self.edit_values)
+            )
         ids, until, values = zip(*edits, strict=True)
         self.edit_ids[slot, : len(edits)] = self.to_device(list(ids), torch.int64)
         self.edit_until[slot, : len(edits)] = self.to_device(list(until), torch.int64)

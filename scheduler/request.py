@@ -8,16 +8,13 @@ tests) builds these very types; their `__post_init__` is the one place that chec
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-MAX_N = 128
 MAX_PRIORITY = 1000
-MAX_STOP_TOKEN_IDS = 128
-MAX_LOGIT_BIAS = 300
-MAX_LOGPROBS = 20
 
 
 class InvalidRequest(ValueError):
@@ -37,6 +34,29 @@ class InvalidRequest(ValueError):
 def _require(ok: bool, param: str, limit: str, value: object) -> None:
     if not ok:
         raise InvalidRequest(f"{param} must be {limit}, got {value!r}", param)
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """How much one request may ask for: answers, stop tokens, biased tokens, and log-probabilities
+    in place of each token."""
+
+    n: int = 128
+    stop_token_ids: int = 128
+    logit_bias: int = 300
+    logprobs: int = 20
+
+    def check(self, sampling: SamplingParams, n: int) -> None:
+        """Raises `InvalidRequest`."""
+        _require(1 <= n <= self.n, "n", f"between 1 and {self.n}", n)
+        stops, biases = len(sampling.stop_token_ids), len(sampling.logit_bias)
+        limit = self.stop_token_ids
+        _require(stops <= limit, "stop_token_ids", f"at most {limit} ids", stops)
+        limit = self.logit_bias
+        _require(biases <= limit, "logit_bias", f"at most {limit} tokens", biases)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(sampling, name) or 0
+            _require(0 <= count <= self.logprobs, name, f"between 0 and {self.logprobs}", count)
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -111,31 +131,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _require(-2 <= value <= 2, name, "between -2 and 2", value)
         penalty = self.repetition_penalty
         _require(0 < penalty <= 2, "repetition_penalty", "above 0 and at most 2", penalty)
-        if self.logit_bias:
-            self._check_bias()
+        for token, bias in self.logit_bias.items():
+            _require(-100 <= bias <= 100, f"logit_bias.{token}", "between -100 and 100", bias)
         if self.seed is not None:
             _require(SEED_MIN <= self.seed <= SEED_MAX, "seed", "a 64-bit integer", self.seed)
         if self.max_tokens is not None:
             _require(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)
         _require(self.min_tokens >= 0, "min_tokens", "0 or more", self.min_tokens)
-        _require(
-            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-            "stop_token_ids",
-            f"at most {MAX_STOP_TOKEN_IDS} ids",
-            len(self.stop_token_ids),
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            if count is not None:
-                limit = f"between 0 and {MAX_LOGPROBS}"
-                _require(0 <= count <= MAX_LOGPROBS, name, limit, count)
-
-    def _check_bias(self) -> None:
-        limit = f"at most {MAX_LOGIT_BIAS} tokens"
-        count = len(self.logit_bias)
-        _require(count <= MAX_LOGIT_BIAS, "logit_bias", limit, count)
-        for token, bias in self.logit_bias.items():
-            _require(-100 <= bias <= 100, f"logit_bias.{token}", "between -100 and 100", bias)
 
     @property
     def greedy(self) -> bool:
@@ -178,7 +180,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) >= 1, "prompt", "at least one token", "none")
-        _require(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}", self.n)
+        _require(self.n >= 1, "n", "at least 1", self.n)
         _require(
             -MAX_PRIORITY <= self.priority <= MAX_PRIORITY,
             "priority",
@@ -202,6 +204,7 @@ def build(
     deadline: float | None = None,
     ttft_deadline: float | None = None,
     param: str = "prompt",
+    limits: RequestLimits | None = None,
 ) -> Request:
     """The one door: a validated `Request` or an `InvalidRequest`.
 
@@ -212,7 +215,9 @@ def build(
         seed: used when the client gave none (drawn by the caller, so that this stays a pure
             function).
         param: the client's name of the prompt field (`prompt` or `messages`), for the error.
+        limits: the operator's; None for the defaults.
     """
+    (limits or RequestLimits()).check(sampling, n)
     if prompt_ids and not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
         bad = next(i for i in prompt_ids if not 0 <= i < vocab_size)
         raise InvalidRequest(

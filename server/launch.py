@@ -22,6 +22,7 @@ from configs import logs
 from configs.settings import Settings, SettingsError
 from engine.client import EngineStartError, ProcessEngine, connect
 from engine.protocol import STALLED, Progress
+from scheduler.request import RequestLimits
 from server import progress
 from server.banner import box, facts
 from server.cli import FAILED, MISUSED, OK
@@ -307,7 +308,19 @@ def build_app(
         text,
         served_model_names=settings.model.names,
         lifecycle=lifecycle,
-        limits=Limits(limits.max_body_bytes, limits.max_messages, limits.max_prompts),
+        limits=Limits(
+            limits.max_body_bytes,
+            limits.max_messages,
+            limits.max_prompts,
+            limits.max_answers,
+            limits.max_stop_strings,
+            RequestLimits(
+                limits.max_n,
+                limits.max_stop_token_ids,
+                limits.max_logit_bias,
+                limits.max_logprobs,
+            ),
+        ),
         queue=QueueLimits(
             limits.max_queued_requests,
             limits.max_queued_tokens,

@@ -6,27 +6,33 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from scheduler.request import MAX_LOGPROBS
+from scheduler.request import RequestLimits
 from server.errors import ApiError, invalid
-
-MAX_STOPS = 16
 
 _TOKEN_ID = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a body may be: bytes, messages of a chat, prompts of a completion."""
+    """How much one HTTP request may hold.
+
+    Attributes:
+        max_answers: over all prompts; 1,000 prompts of 128 answers would hold up every stream.
+        request: what is left to `scheduler.request` to check.
+    """
 
     max_body_bytes: int = 4 * 2**20
     max_messages: int = 1000
     max_prompts: int = 1000
+    max_answers: int = 10_000
+    max_stops: int = 16
+    request: RequestLimits = field(default_factory=RequestLimits)
 
 
 def _by_type(value: object) -> str:
@@ -184,15 +190,20 @@ class GenerationBody(Body):
     priority: int | None = None
     user: str | None = None
 
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings as one tuple, checked.
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as one tuple, as it came."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def stops(self, most: int) -> tuple[str, ...]:
+        """The stop strings, checked.
 
         Raises:
             ApiError: 400 for too many of them or an empty one.
         """
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > MAX_STOPS:
-            raise invalid("stop", f"stop may have at most {MAX_STOPS} strings, got {len(stops)}")
+        stops = self.stop_strings
+        if len(stops) > most:
+            raise invalid("stop", f"stop may have at most {most} strings, got {len(stops)}")
         if "" in stops:
             param = "stop" if isinstance(self.stop, str) else f"stop.{stops.index('')}"
             raise invalid(param, f"{param} must not be an empty string, got ''")
@@ -223,7 +234,7 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: int | None = None
 
     @property
     def answer_logprobs(self) -> int | None:

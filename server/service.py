@@ -33,7 +33,6 @@ from server.structured import grammar_of
 from server.tokenizer import TextModel
 
 MAX_DEADLINE_MS = 86_400_000  # a day
-MAX_ANSWERS = 10_000  # of one HTTP request: 1,000 prompts of n = 128 would stall all streams
 
 prompts = logging.getLogger(PROMPTS)
 
@@ -195,6 +194,7 @@ class Service:
             ttft_deadline=_deadline(http, "x-ttft-deadline-ms"),
             cache_salt=body.cache_salt or "",
             param=param,
+            limits=self.limits.request,
         )
 
     def generation(
@@ -206,12 +206,11 @@ class Service:
             ApiError: 400 for too many answers, or stop strings that are none.
         """
         answers = sum(request.n for request in requests)
-        if answers > MAX_ANSWERS:
-            raise invalid(
-                "n", f"n times the prompts may be at most {MAX_ANSWERS} answers, got {answers}"
-            )
+        most = self.limits.max_answers
+        if answers > most:
+            raise invalid("n", f"n times the prompts may be at most {most} answers, got {answers}")
         options = TextOptions(
-            stops=body.stops(),
+            stops=body.stops(self.limits.max_stops),
             include_stop=bool(body.include_stop_str_in_output),
             skip_special=body.skip_special_tokens is not False,
             continues=continues,

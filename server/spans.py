@@ -182,7 +182,7 @@ def _asked(body: GenerationBody) -> dict[str, AttributeValue]:
         "gen_ai.request.top_k": body.top_k,
         "gen_ai.request.seed": body.seed,
         "gen_ai.request.choice.count": body.n,
-        "gen_ai.request.stop_sequences": body.stops() or None,
+        "gen_ai.request.stop_sequences": body.stop_strings or None,
         "gen_ai.request.stream": body.stream,
     }
     return {name: value for name, value in asked.items() if value is not None}

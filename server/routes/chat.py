@@ -81,6 +81,11 @@ def check(service: Service, body: ChatBody) -> list[str]:
     Raises:
         ApiError: 400 for messages that cannot be rendered.
     """
+    most = service.limits.request.logprobs
+    if not 0 <= (body.top_logprobs or 0) <= most:
+        raise invalid(
+            "top_logprobs", f"top_logprobs must be between 0 and {most}, got {body.top_logprobs}"
+        )
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
     if not body.messages:

@@ -82,6 +82,9 @@ class TickingEngine:
                 if last:
                     del self.streams[stream.request.id]
 
+    def listen(self, listener: object) -> None:
+        pass
+
     def abort(self, request_id: str, index: int | None = None) -> None:
         self.streams.pop(request_id, None)
 
