@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.layers import Linear, RMSNorm
+from models.layers import PANEL, Linear, RMSNorm
 
 if TYPE_CHECKING:
     from kernels.cpu_step import DecodeStep, StepLayer
@@ -45,6 +45,7 @@ def step_rows(decoder: Decoder) -> int:
         and config.head_dim % 2 == 0
         and type(decoder.norm) is RMSNorm
         and all(type(layer) is DecoderLayer for layer in decoder.layers)
+        and all(layer.mlp.down.inputs % PANEL == 0 for layer in decoder.layers)
     )
     if not known:
         return 0

@@ -10,7 +10,16 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.context import ForwardContext
 from models.decode_step import compile_step, step_rows
-from models.layers import ACTIVATIONS, Embedding, HeadNorm, Linear, RMSNorm, fused_layers
+from models.layers import (
+    ACTIVATIONS,
+    PANEL,
+    Embedding,
+    HeadNorm,
+    Linear,
+    RMSNorm,
+    can_pack,
+    fused_layers,
+)
 from models.rotary import Rotary, Rotation, rotate
 
 if TYPE_CHECKING:
@@ -199,8 +208,7 @@ class DecoderLayer:
 
     def prepare(self) -> None:
         self.attention.prepare()
-        for linear in (self.mlp.gate_up, self.mlp.down):
-            linear.pack()
+        self.mlp.prepare()
         for norm in (self.attention_norm, self.mlp_norm):
             norm.expand()
 
@@ -278,3 +286,13 @@ class GatedMLP:
         """[tokens, hidden_size] -> the same shape"""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(self.activation(gate).mul_(up))
+
+    def prepare(self) -> None:
+        """Packs the weights, bfloat16 ones at a width of whole panels: every activation of 0 is 0,
+        so padding with zeros changes nothing. Call it once they are loaded."""
+        inner, weight = -(-self.down.inputs // PANEL) * PANEL, self.down.weight
+        if inner != self.down.inputs and weight.dtype == torch.bfloat16 and can_pack(weight):
+            self.gate_up.pad(self.gate_up.inputs, (inner, inner))
+            self.down.pad(inner, self.down.outputs)
+        for linear in (self.gate_up, self.down):
+            linear.pack()

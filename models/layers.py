@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PANEL = 64  # outputs that lie together in a packed bfloat16 weight (`kernels.cpu_linear`)
 STREAMED_BYTES = 4 << 20  # weights this large come from memory on each call, not from a cache
 
 
@@ -45,7 +46,7 @@ class Linear:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.outputs = tuple(outputs)
+        self.inputs, self.outputs = inputs, tuple(outputs)
         self.weight: Tensor | None = torch.empty(sum(outputs), inputs, dtype=dtype, device=device)
         self.bias = torch.empty(sum(outputs), dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
@@ -61,6 +62,19 @@ class Linear:
         if self.bias is not None:
             views["bias"] = self.bias[rows]
         return views
+
+    def pad(self, inputs: int, outputs: Sequence[int]) -> None:
+        """Enlarges the weight with zeros: columns at the end, and rows at the end of each
+        projection. Rows of `x` must then be as long. Before `pack`."""
+        assert self.weight is not None
+        parts = [self.shard(i) for i in range(len(self.outputs))]
+        self.inputs, self.outputs = inputs, tuple(outputs)
+        self.weight = self.weight.new_zeros(sum(outputs), inputs)
+        if self.bias is not None:
+            self.bias = self.bias.new_zeros(sum(outputs))
+        for index, part in enumerate(parts):
+            for name, old in part.items():
+                self.shard(index)[name][tuple(slice(size) for size in old.shape)].copy_(old)
 
     def pack(self) -> None:
         """Exchanges the weight for a packed copy where that is faster; else does nothing."""

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 BLOCK, BLOCKS = 16, 320
 SIZES = {
     "hidden_size": 128,
-    "intermediate_size": 192,
+    "intermediate_size": 160,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -161,3 +161,15 @@ def test_frequencies(scaling):
     frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
     torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
     assert factor == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_padding_adds_nothing(bias: bool) -> None:
+    linear = filled_linear(5, (3, 4), torch.float32, bias)
+    x = torch.randn(2, 5)
+    before = linear(x)
+    linear.pad(8, (4, 6))
+    after = linear(F.pad(x, (0, 3), value=7.0))
+    assert after.shape == (2, 10)
+    torch.testing.assert_close(after[:, [0, 1, 2, 4, 5, 6, 7]], before)
+    assert after[:, [3, 8, 9]].eq(0).all()
