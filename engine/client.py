@@ -28,11 +28,14 @@ from engine.protocol import (
     FromEngine,
     Inspect,
     Inspection,
+    ListRequests,
     Progress,
     Question,
     ReadTrace,
     Ready,
     Reply,
+    RequestList,
+    RequestView,
     Shutdown,
     StartFailed,
     StepOutput,
@@ -95,7 +98,7 @@ class TokenStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """Eight verbs: submit, abort, listen, stats, inspect, trace, explain, close."""
+    """Nine verbs: submit, abort, listen, stats, inspect, trace, explain, requests, close."""
 
     @property
     def info(self) -> EngineInfo:
@@ -149,6 +152,13 @@ class EngineClient(Protocol):
 
     async def explain(self, request: Request) -> Explained:
         """What the KV cache would find of the request's prompt, and what would become of it now.
+
+        Raises:
+            EngineDead: the engine is gone.
+        """
+
+    async def requests(self) -> list[RequestView]:
+        """The live requests: running ones, then the queue in its order.
 
         Raises:
             EngineDead: the engine is gone.
@@ -278,6 +288,10 @@ class _StreamingClient:
     async def explain(self, request: Request) -> Explained:
         found: Explained = await self._ask(Explain(next(self._numbers), request))
         return found
+
+    async def requests(self) -> list[RequestView]:
+        found: RequestList = await self._ask(ListRequests(next(self._numbers)))
+        return found.requests
 
     async def _ask(self, question: Question) -> Any:
         """The message that answers `question`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -13,6 +14,7 @@ from llguidance import LLMatcher
 from engine.fragmentation import Fragmentation
 from engine.grammar import GrammarCache, GrammarCompiler, GrammarError
 from engine.jit_compiles import JitCompiles
+from engine.live_requests import live_requests
 from engine.protocol import (
     Abort,
     CacheView,
@@ -23,10 +25,13 @@ from engine.protocol import (
     Failure,
     Inspect,
     Inspection,
+    ListRequests,
+    Question,
     ReadTrace,
     Receipt,
     Refusal,
     Reply,
+    RequestList,
     SequenceView,
     Shutdown,
     StepOutput,
@@ -128,14 +133,8 @@ class EngineLoop:
             for message in messages:
                 if isinstance(message, Shutdown):
                     return
-                if isinstance(message, Inspect):
-                    send(self.inspect(message))
-                elif isinstance(message, ReadTrace):
-                    send(Trace(message.id, self._trace.view() if self._trace else TraceView()))
-                elif isinstance(message, Explain):
-                    found = self.scheduler.explain(message.request)
-                    outlook = self.scheduler.outlook(message.request, found.found)
-                    send(Explained(message.id, found, outlook))
+                if isinstance(message, Question):
+                    send(self._answer(message))
                 else:
                     self.take(message)
             if self.has_work:
@@ -146,6 +145,21 @@ class EngineLoop:
         """Gives back what outlives the loop; nothing may be called after it."""
         if self._at_end is not None:
             self._at_end()
+
+    def _answer(self, question: Question) -> Reply:
+        match question:
+            case Inspect():
+                return self.inspect(question)
+            case ReadTrace():
+                return Trace(question.id, self._trace.view() if self._trace else TraceView())
+            case ListRequests():
+                deferred = [request for request, _ in self._deferred.values()]
+                requests = live_requests(self.scheduler, deferred, time.monotonic())
+                return RequestList(question.id, requests)
+            case Explain():
+                found = self.scheduler.explain(question.request)
+                outlook = self.scheduler.outlook(question.request, found.found)
+                return Explained(question.id, found, outlook)
 
     def take(self, message: Submit | Abort) -> None:
         """Queues or ends requests. What it has to say is in the next `collect`."""

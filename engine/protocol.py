@@ -226,6 +226,12 @@ class Explain(msgspec.Struct, frozen=True, tag=True):
     request: Request
 
 
+class ListRequests(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the live requests; answered by a `RequestList` with the same `id`."""
+
+    id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, free everything, exit 0."""
 
@@ -373,6 +379,32 @@ class Trace(msgspec.Struct, frozen=True, tag=True):
     view: TraceView
 
 
+class RequestView(msgspec.Struct):
+    """One live request.
+
+    Attributes:
+        tenant: see `Request`.
+        state: `running`, `waiting`, or `deferred` while its grammar is compiled.
+        position: of the first of its answers in the queue, from 1; None where one runs already.
+        generated_tokens, blocks: of all its answers; shared blocks count for each.
+    """
+
+    id: str
+    tenant: str
+    state: str
+    position: int | None
+    priority: int
+    prompt_tokens: int
+    generated_tokens: int = 0
+    blocks: int = 0
+    age_seconds: float = 0.0
+
+
+class RequestList(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    requests: list[RequestView]
+
+
 class Explained(msgspec.Struct, frozen=True, tag=True):
     id: int
     explanation: Explanation
@@ -428,8 +460,8 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     step: StepReport | None = None
 
 
-Question = Inspect | ReadTrace | Explain
-Reply = Inspection | Trace | Explained
+Question = Inspect | ReadTrace | Explain | ListRequests
+Reply = Inspection | Trace | Explained | RequestList
 """Has the `id` of its question."""
 
 ToEngine = Submit | Abort | Question | Shutdown

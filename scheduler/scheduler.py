@@ -144,6 +144,13 @@ class Scheduler:
             self._finish(seq, reason)
         return [Progress(seq, [], "abort") for seq in live]
 
+    def live(self) -> list[list[Sequence]]:
+        """The unfinished sequences of every request, in order of arrival."""
+        return [
+            [seq for seq in seqs if seq.status is not Status.FINISHED]
+            for seqs in self._requests.values()
+        ]
+
     def expire(self) -> list[Progress]:
         """Ends the requests whose deadline is over, and those in the queue that cannot meet theirs
         as far as can be told from how fast the queue goes on."""

@@ -17,7 +17,7 @@ from server.metrics import Metrics, Slo
 from server.metrics.http_meter import HttpMeter
 from server.metrics.scrape import Scrape
 from server.queue_bound import QueueBound, QueueLimits
-from server.routes import chat, completions, debug, explain, page, status, steps, tokens
+from server.routes import chat, completions, debug, explain, page, requests, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
 from server.spans import Spans
@@ -72,7 +72,7 @@ def create_app(
     app = FastAPI(title="Quire", version=__version__)
     # First, since it is asked for most often; no FastAPI around it.
     app.router.routes.append(Route("/metrics", Scrape(metrics.render), methods=["GET"]))
-    for module in (chat, completions, debug, explain, page, status, steps, tokens):
+    for module in (chat, completions, debug, explain, page, requests, status, steps, tokens):
         app.include_router(module.router(service))
     errors.install(app)
     openapi.install(app)

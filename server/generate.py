@@ -290,6 +290,11 @@ class Generation:
         return sum(map(len, self._answers))
 
     @property
+    def request_ids(self) -> list[str]:
+        """The engine's names of the requests."""
+        return [request.id for request in self._requests]
+
+    @property
     def complete(self) -> bool:
         """Whether every answer came to an end of its own."""
         cut_off = (None, "abort", "error")

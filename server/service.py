@@ -26,6 +26,7 @@ from server.lifecycle import Lifecycle
 from server.logprobs import Wording
 from server.metrics import Metrics
 from server.queue_bound import QueueBound
+from server.queue_positions import QueuePositions
 from server.schemas import CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
@@ -73,7 +74,7 @@ class Service:
     ) -> None:
         self.engine, self.text, self.metrics = engine, text, metrics
         self.names, self.limits, self.lifecycle = names, limits, lifecycle
-        self.queue = queue
+        self.queue, self.positions = queue, QueuePositions(engine)
         self._spans = spans
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])

@@ -22,12 +22,14 @@ from starlette.types import Receive, Scope, Send
 from server.errors import from_exception
 from server.generate import Generation, Piece, Usage
 from server.logprobs import Detail, Wording
+from server.queue_positions import QueuePositions
 from server.receipt import RequestReceipt
 
 logger = logging.getLogger("quire.server")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
+QUEUED = b": queued position=%d\n\n"
 MEDIA_TYPE = "text/event-stream; charset=utf-8"
 
 _json = msgspec.json.Encoder().encode
@@ -170,7 +172,7 @@ class CompletionChunks:
 
 
 async def events(
-    generation: Generation, chunks: Chunks, options: UsageOptions
+    generation: Generation, chunks: Chunks, options: UsageOptions, positions: QueuePositions
 ) -> AsyncGenerator[bytes, None]:
     """The whole stream, one item per write.
 
@@ -193,7 +195,9 @@ async def events(
                     new = unopened.intersection(piece.index for piece in pieces)
                     unopened -= new
                     write = [chunks.opening(index, usage) for index in sorted(new)]
-                write += [chunks.piece(piece, usage) for piece in pieces] or [KEEP_ALIVE]
+                write += [chunks.piece(piece, usage) for piece in pieces]
+                if not pieces:
+                    write = [await _comment(generation, positions)]
                 started = True
                 yield b"".join(write)
     except Exception as error:
@@ -206,6 +210,14 @@ async def events(
         return
     end = chunks.usage(generation.usage, generation.receipt) if options.at_end else b""
     yield end + DONE
+
+
+async def _comment(generation: Generation, positions: QueuePositions) -> bytes:
+    """What keeps a silent stream alive; in the queue it says how far."""
+    place = None
+    if not generation.usage.completion_tokens:
+        place = await positions.first(generation.request_ids)
+    return KEEP_ALIVE if place is None else QUEUED % place
 
 
 class EventStream(Response):

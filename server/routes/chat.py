@@ -37,7 +37,8 @@ def router(service: Service) -> APIRouter:
         if body.stream:
             told_ids = ids if body.return_token_ids else None
             chunks = ChatChunks(envelope, wording, echo, told_ids)
-            return EventStream(events(generation, chunks, usage_options(body)), headers)
+            items = events(generation, chunks, usage_options(body), service.positions)
+            return EventStream(items, headers)
         async with generation:
             answers = await generation.whole()
         choices = [

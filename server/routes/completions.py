@@ -40,7 +40,8 @@ def router(service: Service) -> APIRouter:
         wording = service.wording(body)
         if body.stream:
             chunks = CompletionChunks(envelope, wording, echo.piece)
-            return EventStream(events(generation, chunks, usage_options(body)), headers)
+            items = events(generation, chunks, usage_options(body), service.positions)
+            return EventStream(items, headers)
         async with generation:
             answers = await generation.whole()
         choices = [echo.choice(index, answer, wording) for index, answer in enumerate(answers)]

@@ -78,6 +78,8 @@ async def _inspection(client) -> None:
     assert found.problem is None
     [seq] = found.view.sequences
     assert (seq.request_id, seq.status) == ("seen", "running")
+    [listed] = await client.requests()
+    assert (listed.id, listed.state, listed.prompt_tokens) == ("seen", "running", 40)
     held = {block for table in seq.tables for block in table}
     used = {block for block, state in enumerate(found.view.states) if state == 2}
     assert held == used

@@ -16,6 +16,7 @@ from engine.protocol import (
     Explained,
     Inspection,
     Receipt,
+    RequestView,
     Scores,
     StepOutput,
     TokenDelta,
@@ -77,6 +78,7 @@ class FakeEngine:
         receipt: what every answer took.
         view, problem: what `inspect` answers.
         steps: what `trace` answers.
+        live: what `requests` answers.
         explanation, outlook: what `explain` answers.
         submitted, explained, aborted, aborted_answers, finished: what happened, in order.
     """
@@ -97,6 +99,7 @@ class FakeEngine:
     view: CacheView = field(default_factory=lambda: CacheView(16, [0], b"", b"", []))
     problem: str | None = None
     steps: TraceView = field(default_factory=TraceView)
+    live: list[RequestView] = field(default_factory=list)
     explanation: Explanation = field(default_factory=lambda: Explanation(0, [0], []))
     submitted: list[Request] = field(default_factory=list)
     outlook: Outlook = field(default_factory=lambda: Outlook("admit", 1))
@@ -202,6 +205,11 @@ class FakeEngine:
         if not self.alive:
             raise EngineDead("it died")
         return self.steps
+
+    async def requests(self) -> list[RequestView]:
+        if not self.alive:
+            raise EngineDead("it died")
+        return self.live
 
     async def explain(self, request: Request) -> Explained:
         self.explained.append(request)
