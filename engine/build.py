@@ -6,6 +6,7 @@ import bisect
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +83,42 @@ def build(settings: Settings, report: loader.Progress = loader.quiet) -> EngineL
     return assemble(model, settings, device, path, report)
 
 
+def check(settings: Settings) -> EngineInfo:
+    """What `build` would make of the settings; loads and downloads no weights.
+
+    On a GPU the pool is an upper bound: what a step needs beside it is only known once one has run.
+
+    Raises:
+        StartError: as `build` would, as far as it can be known before.
+    """
+    device = _device(settings.model.device)
+    try:
+        path = loader.resolve_config(settings.model.model, settings.model.revision)
+        config = loader.load_config(path)
+        dtype = loader.resolve_dtype(settings.model.dtype, config, device)
+    except (CheckpointError, ValueError) as error:
+        raise StartError(str(error)) from None
+    weights = weight_bytes(config, dtype)
+    _require_weights_fit(weights, dtype, device)
+
+    def gpu_pool(layout: KVLayout, limits: Limits) -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total * settings.cache.gpu_memory_utilization) - (total - free) - weights
+
+    format = _kv_format(settings.cache.kv_cache_dtype, dtype, config.head_dim)
+    layout, limits, host_blocks = _plan_memory(settings, config, format, device, gpu_pool, weights)
+    return _info(
+        path,
+        config,
+        dtype,
+        layout,
+        limits,
+        device,
+        host_blocks,
+        settings.cache.enable_prefix_caching,
+    )
+
+
 def assemble(
     model: CausalLM,
     settings: Settings,
@@ -109,26 +146,15 @@ def assemble(
         )
     report("kernels", 1, 1, backend.name)
     report("memory", 0, 1, "planning the KV pool")
-    limits = Limits(
-        _context_length(settings.model.max_model_len, config),
-        settings.scheduling.max_num_seqs,
-        settings.scheduling.max_num_batched_tokens,
-    )
-    layout = KVLayout(
-        block_size=settings.cache.block_size,
-        num_blocks=1,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        groups=group_layers(model.layer_windows),
-        format=format,
-    )
     eos = list(config.eos_token_ids)
     grammars = GrammarCache(GrammarCompiler(path, config.vocab_size, eos))
     masks = GrammarMasks(grammars, config.vocab_size)
-    blocks = _num_blocks(settings, model, layout, limits, masks, device)
-    layout = replace(layout, num_blocks=blocks)
-    limits = _fit_context(limits, layout, settings.model.max_model_len)
-    host_blocks = _host_blocks(settings.cache, layout)
+
+    def gpu_pool(layout: KVLayout, limits: Limits) -> int:
+        share = settings.cache.gpu_memory_utilization
+        return _free_after_profile(model, layout, limits, masks, share, device)
+
+    layout, limits, host_blocks = _plan_memory(settings, config, format, device, gpu_pool)
     try:
         disk = open_disk(settings.cache, path, dtype, backend.name, layout)
     except DiskTierError as error:
@@ -162,7 +188,7 @@ def assemble(
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )
-    info = _info(path, model, layout, limits, device, host_blocks, prefix_cache)
+    info = _info(path, config, dtype, layout, limits, device, host_blocks, prefix_cache)
     return EngineLoop(
         scheduler,
         runner,
@@ -183,7 +209,8 @@ def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) 
 
 def _info(
     path: Path,
-    model: CausalLM,
+    config: ModelConfig,
+    dtype: torch.dtype,
     layout: KVLayout,
     limits: Limits,
     device: torch.device,
@@ -194,18 +221,18 @@ def _info(
     length = min(COMMON_LENGTH, limits.max_model_len)
     return EngineInfo(
         model_path=str(path),
-        architecture=model.config.architecture,
+        architecture=config.architecture,
         device=name,
-        dtype=str(model.embed.weight.dtype).removeprefix("torch."),
-        vocab_size=model.config.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=config.vocab_size,
         max_model_len=limits.max_model_len,
-        eos_token_ids=list(model.config.eos_token_ids),
+        eos_token_ids=list(config.eos_token_ids),
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         kv_bytes_per_token=layout.bytes_per_token,
-        weight_bytes=weight_bytes(model.config, model.embed.weight.dtype),
+        weight_bytes=weight_bytes(config, dtype),
         num_host_blocks=host_blocks,
         kv_cache_dtype=layout.format.dtype,
         prefix_caching=prefix_caching,
@@ -298,24 +325,56 @@ def _require_weights_fit(needed: int, dtype: torch.dtype, device: torch.device) 
         )
 
 
-def _num_blocks(
+GpuPool = Callable[[KVLayout, Limits], int]
+"""Bytes that a GPU has for the pool."""
+
+
+def _plan_memory(
     settings: Settings,
-    model: CausalLM,
+    config: ModelConfig,
+    format: KVFormat,
+    device: torch.device,
+    gpu_pool: GpuPool,
+    unloaded: int = 0,
+) -> tuple[KVLayout, Limits, int]:
+    """The layout with all its blocks, the limits that follow, and the blocks in host memory.
+
+    `unloaded`: bytes that the weights will still take.
+    """
+    limits = Limits(
+        _context_length(settings.model.max_model_len, config),
+        settings.scheduling.max_num_seqs,
+        settings.scheduling.max_num_batched_tokens,
+    )
+    layout = KVLayout(
+        block_size=settings.cache.block_size,
+        num_blocks=1,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        groups=group_layers(config.layer_windows),
+        format=format,
+    )
+    blocks = _num_blocks(settings.cache, layout, limits, device, gpu_pool)
+    layout = replace(layout, num_blocks=blocks)
+    _require_pool_fits(layout.num_bytes + unloaded, device)
+    limits = _fit_context(limits, layout, settings.model.max_model_len)
+    return layout, limits, _host_blocks(settings.cache, layout)
+
+
+def _num_blocks(
+    cache: CacheSettings,
     layout: KVLayout,
     limits: Limits,
-    masks: GrammarMasks,
     device: torch.device,
+    gpu_pool: GpuPool,
 ) -> int:
     """How many KV blocks the pool gets."""
-    cache = settings.cache
     if cache.num_gpu_blocks_override is not None:
-        _require_pool_fits(cache.num_gpu_blocks_override * layout.bytes_per_block, device)
         return cache.num_gpu_blocks_override
     if cache.kv_cache_memory_bytes is not None:
         pool = cache.kv_cache_memory_bytes
     elif device.type == "cuda":
-        share = cache.gpu_memory_utilization
-        pool = _free_after_profile(model, layout, limits, masks, share, device)
+        pool = gpu_pool(layout, limits)
         if cache.host_kv_bytes is not None or cache.disk_kv_path is not None:
             pool -= 2 * STAGED_BYTES
     else:
@@ -331,7 +390,6 @@ def _num_blocks(
             f"{format_bytes(max(pool, 0))}: raise --kv-cache-memory-bytes or "
             "--gpu-memory-utilization, or lower --max-num-batched-tokens"
         )
-    _require_pool_fits(blocks * layout.bytes_per_block, device)
     return blocks
 
 

@@ -516,6 +516,30 @@ async def connect(settings: Settings, on_progress: Callable[[Progress], None]) -
     return engine
 
 
+def check(settings: Settings) -> EngineInfo:
+    """What an engine with these settings would be, from a process of its own, which loads nothing.
+
+    Raises:
+        EngineStartError: it could not start.
+    """
+    from engine import process
+
+    context = multiprocessing.get_context("spawn")
+    answers, outbox = context.Pipe(duplex=False)
+    checking = context.Process(target=process.check, args=(settings, outbox), daemon=True)
+    checking.start()
+    outbox.close()
+    try:
+        answer = msgspec.msgpack.decode(answers.recv_bytes(), type=Ready | StartFailed)
+    except EOFError:
+        raise EngineStartError("the check failed: see above", expected=False) from None
+    finally:
+        checking.join()
+    if isinstance(answer, StartFailed):
+        raise EngineStartError(answer.message, expected=answer.expected)
+    return answer.info
+
+
 class InprocEngine(_StreamingClient):
     """The same loop on a thread of this process, for tests and notebooks.
 

@@ -63,6 +63,20 @@ def main(settings: Settings, inbox: Connection, outbox: Connection) -> None:
         sys.exit(1)
 
 
+def check(settings: Settings, outbox: Connection) -> None:
+    """Entry point of a process that only tells what the engine would be."""
+    logs.configure(settings.observability.log_level, settings.observability.log_format)
+    from engine.build import StartError
+    from engine.build import check as checked
+
+    answer: FromEngine
+    try:
+        answer = Ready(checked(settings))
+    except StartError as error:
+        answer = StartFailed(str(error), expected=True)
+    outbox.send_bytes(msgspec.msgpack.encode(answer))
+
+
 def _serve(
     settings: Settings,
     inbox: PipeInbox,

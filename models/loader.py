@@ -44,6 +44,29 @@ def resolve(model: str, revision: str | None = None, progress: Progress | None =
 
     Raises CheckpointError: nothing there, not reachable, not allowed.
     """
+    folder = _local(model)
+    if folder is not None:
+        return folder
+    from models import hub
+
+    return hub.download(model, revision, progress)
+
+
+def resolve_config(model: str, revision: str | None = None) -> Path:
+    """Like `resolve`, but of a Hub model only `config.json` is sure to be in the folder.
+
+    Raises CheckpointError: as `resolve`.
+    """
+    folder = _local(model)
+    if folder is not None:
+        return folder
+    from models import hub
+
+    return hub.read_headers(model, revision)[0].parent
+
+
+def _local(model: str) -> Path | None:
+    """The folder of a checkpoint on this machine; None for what may be a Hub id."""
     if model == "embedded":
         from models import embedded
 
@@ -55,9 +78,7 @@ def resolve(model: str, revision: str | None = None, progress: Progress | None =
         raise CheckpointError(f"{model} is a file; give the folder that holds config.json")
     if model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
         raise CheckpointError(f"no folder at {folder}")
-    from models import hub
-
-    return hub.download(model, revision, progress)
+    return None
 
 
 def load_config(path: Path) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The command `quire`: serve, run-batch, chat, bench, plan, kv, trace, health.
+"""The command `quire`: serve, check, run-batch, chat, bench, plan, kv, trace, health.
 
 This module is imported again by the spawned engine process and answers `--help`, so it imports
 nothing heavy: each command fetches what it needs when it runs.
@@ -79,6 +79,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return made
 
     _add_settings(command("serve", "Serve a model over HTTP", _serve, usage=_USAGE, epilog=_HINT))
+    text = "Tell how a model would be served, without loading it; takes what serve takes"
+    usage = _USAGE.replace("serve", "check")
+    _add_settings(command("check", text, _check, usage=usage, epilog=_HINT))
     batch = command("run-batch", "Answer a file of requests in OpenAI's batch format", _run_batch)
     _add_batch(batch)
     _add_chat(command("chat", "Talk to a running server", _chat))
@@ -150,6 +153,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.launch import serve
 
     return serve(settings)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    from server.check_command import run
+
+    return run(settings)
 
 
 def _run_batch(arguments: argparse.Namespace) -> int:

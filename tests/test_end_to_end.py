@@ -22,6 +22,7 @@ import jsonschema
 import openai
 import pytest
 
+from tests.models import checkpoints
 from tests.server.strict import strict_client
 
 ROOT = Path(__file__).parent.parent
@@ -325,6 +326,33 @@ def test_the_server_ends_when_its_engine_is_killed():
     assert '"error"' in rest[-4]
     assert rest[-2] == "data: [DONE]"
     assert server.process.wait(10) == 1
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *arguments, "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_truncated_checkpoint_is_one_line_and_exit_code_2(tmp_path: Path):
+    path = checkpoints.make("llama", tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    done = command("serve", str(path), "--log-level", "warning")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("quire: ") and "model.safetensors" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_check_tells_what_would_run():
+    done = command("check", "--num-gpu-blocks-override", "20", "--log-format", "text")
+    assert done.returncode == 0, done.stderr
+    assert "20 blocks x 16 = 320 tokens" in done.stdout
+    assert "less than the context of 2048" in done.stderr
 
 
 def engine_processes(parent: int) -> list[int]:
