@@ -12,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test dashboards-test docker-test k8s-check clean
+.PHONY: help venv serve test lint types format bench train-embedded settings-doc compat-test dashboards-test schemas-test docker-test k8s-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -33,6 +33,9 @@ serve: $(INSTALLED) ## serve the embedded model on port 8000
 
 test: lint types ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+schemas-test: $(INSTALLED) ## 500 random JSON schemas instead of 100
+	TEST_SCHEMAS=500 $(BIN)/python -m pytest tests/engine/test_grammar.py -k parses
 
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(BIN)/ruff check .

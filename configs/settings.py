@@ -138,6 +138,14 @@ class ModelSettings(Section):
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="`auto`: bfloat16 where the device computes in it, else float32"),
     ] = "auto"
+    tool_call_parser: Annotated[
+        Literal["auto", "none", "hermes", "llama3_json", "mistral"],
+        Field(description="How the model writes tool calls; `auto`: as its chat template shows"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "think", "mistral"],
+        Field(description="What stands around thoughts: `<think>` or `[THINK]`; `auto` as above"),
+    ] = "auto"
     max_model_len: Annotated[
         Count | None,
         Field(description="Longest prompt plus answer in tokens. Default: what the model allows"),

@@ -17,13 +17,14 @@ from server.metrics import Metrics, Slo
 from server.metrics.http_meter import HttpMeter
 from server.metrics.scrape import Scrape
 from server.queue_bound import QueueBound, QueueLimits
+from server.reading import ParserNames
 from server.routes import chat, completions, debug, explain, page, requests, status, steps, tokens
 from server.schemas import Limits
 from server.service import Service
 from server.spans import Spans
 from server.tokenizer import TextModel
 
-__all__ = ["Limits", "TextModel", "create_app"]
+__all__ = ["Limits", "ParserNames", "TextModel", "create_app"]
 
 
 def create_app(
@@ -39,6 +40,7 @@ def create_app(
     spans: Spans | None = None,
     slo: Slo | None = None,
     startup: Mapping[str, float] | None = None,
+    parsers: ParserNames | None = None,
 ) -> FastAPI:
     """The application over a running engine.
 
@@ -54,6 +56,7 @@ def create_app(
         spans: where OpenTelemetry spans of requests begin; closing them is the caller's.
         slo: what the metrics count as good.
         startup: seconds that each phase of the start took, for the metrics.
+        parsers: how tool calls and thoughts are written; None asks the chat template.
     """
     limits = limits or Limits()
     lifecycle = lifecycle or Lifecycle(stall_timeout=math.inf, engine=engine)
@@ -66,8 +69,17 @@ def create_app(
         stalled=lambda: lifecycle.state == "stalled",
     )
     engine.listen(metrics.heard)
+    parsers = parsers or ParserNames()
     service = Service(
-        engine, text, metrics, served_model_names, limits, lifecycle, QueueBound(queue), spans
+        engine,
+        text,
+        metrics,
+        served_model_names,
+        limits,
+        lifecycle,
+        QueueBound(queue),
+        spans,
+        parsers,
     )
     app = FastAPI(title="Quire", version=__version__)
     # First, since it is asked for most often; no FastAPI around it.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -62,14 +62,19 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
         self._pieces: dict[int, str | int] = {}
 
-    def detokenizer(self, *, skip_special: bool = True, continues: bool = False) -> Detokenizer:
+    def detokenizer(
+        self, *, skip_special: bool = True, continues: bool = False, keep: Sequence[str] = ()
+    ) -> Detokenizer:
         """A detokenizer of one answer.
 
         Args:
             skip_special: leave the special tokens out of the text.
             continues: the answer goes on a text before it, so that a first space belongs to it.
+            keep: special tokens that stay in the text all the same.
         """
         hidden = self.special_ids if skip_special else frozenset()
+        if keep:
+            hidden -= {self.tokenizer.token_to_id(text) for text in keep}
         kind = self._spec.get("type")
         if kind == "ByteLevel":
             return _ByteLevel(self, hidden)

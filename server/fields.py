@@ -40,7 +40,6 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "function_call": (None,),
     "refusal": (None,),
-    "tool_calls": (None, []),
 }
 
 HINTS = {

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -25,10 +25,12 @@ from server.errors import ApiError
 from server.logprobs import Detail, Trail
 from server.metrics import AnswerClock, Metrics
 from server.queue_bound import QueueBound
+from server.reading import AnswerReader, ToolCall, gather
 from server.receipt import AnswerReceipt, RequestReceipt
 from server.spans import RequestSpan
 from server.stops import StopMatcher
 from server.tokenizer import TextModel
+from server.tools import CallDelta
 
 IDLE_SECONDS = 15.0
 
@@ -43,6 +45,8 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     detail: Detail | None = None
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class TextOptions:
         continues: the answer goes on the prompt's text (completions), so a first space counts.
         min_tokens: stop strings count only in the text of later tokens than these.
         logprobs, token_ids: whether pieces tell them.
+        reader: makes what tells thoughts and tool calls of an answer from its text.
+        keep: special tokens that the reader needs to see.
     """
 
     stops: tuple[str, ...] = ()
@@ -65,6 +71,8 @@ class TextOptions:
     min_tokens: int = 0
     logprobs: bool = False
     token_ids: bool = False
+    reader: Callable[[], AnswerReader] | None = None
+    keep: tuple[str, ...] = ()
 
 
 class Answer:
@@ -73,6 +81,7 @@ class Answer:
     Attributes:
         index: of the choice in the response.
         tokens: tokens so far, those of a stop string and of the end included.
+        reasoning_tokens: those of them that were thoughts.
         finish_reason: why it ended, `abort` and `error` included; None until then.
         clock: takes its times.
         engine_receipt: what the engine says of it; None until it says so.
@@ -82,12 +91,14 @@ class Answer:
         "_detokenizer",
         "_include_stop",
         "_min_tokens",
+        "_reader",
         "_stops",
         "_trail",
         "clock",
         "engine_receipt",
         "finish_reason",
         "index",
+        "reasoning_tokens",
         "tokens",
     )
 
@@ -95,7 +106,8 @@ class Answer:
         self, index: int, options: TextOptions, detokenizer: Detokenizer, clock: AnswerClock
     ) -> None:
         self.index = index
-        self.tokens = 0
+        self.tokens = self.reasoning_tokens = 0
+        self._reader = options.reader() if options.reader else None
         self.finish_reason: str | None = None
         self.engine_receipt: Receipt | None = None
         self._detokenizer, self.clock = detokenizer, clock
@@ -130,6 +142,8 @@ class Answer:
                 500, "the request was aborted", code="aborted", headers={"x-should-retry": "false"}
             )
         self.clock.tokens(len(delta.tokens), now)
+        if self._reader is not None and self._reader.thinking:
+            self.reasoning_tokens += len(delta.tokens)
         text = self._read(delta)
         matched = self._stops.matched if self._stops else None
         if matched is not None:
@@ -143,7 +157,7 @@ class Answer:
         if not text:
             return None
         detail = self._trail.release(len(text)) if self._trail else None
-        return Piece(self.index, text, detail=detail)
+        return self._tell(Piece(self.index, text, detail=detail))
 
     def abandon(self, reason: str, now: float) -> None:
         """The answer ends without its last piece: `abort` or `error`."""
@@ -197,7 +211,19 @@ class Answer:
         if self._trail is not None:
             cut = self._stops is not None and self._stops.matched is not None
             detail = self._trail.release(len(text), everything=not cut)
-        return Piece(self.index, text, reason, stop_reason, detail)
+        return self._tell(Piece(self.index, text, reason, stop_reason, detail))
+
+    def _tell(self, piece: Piece) -> Piece:
+        """The piece as the reader understands it."""
+        if self._reader is None:
+            return piece
+        reason = piece.finish_reason
+        thought, told = self._reader.push(piece.text, last=reason is not None)
+        if reason == "stop" and piece.stop_reason is None and self._reader.called:
+            reason = "tool_calls"
+        return replace(
+            piece, text=told.content, finish_reason=reason, reasoning=thought, calls=told.calls
+        )
 
 
 @dataclass(slots=True)
@@ -208,6 +234,8 @@ class WholeAnswer:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     detail: Detail | None = None
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +246,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def fields(self) -> dict[str, object]:
         """As the wire has it."""
@@ -226,7 +255,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -270,7 +299,9 @@ class Generation:
                     first + i,
                     options,
                     text.detokenizer(
-                        skip_special=options.skip_special, continues=options.continues
+                        skip_special=options.skip_special,
+                        continues=options.continues,
+                        keep=options.keep,
                     ),
                     clock,
                 )
@@ -312,6 +343,7 @@ class Generation:
             sum(len(request.prompt_ids) for request in self._requests),
             sum(answer.tokens for answers in self._answers for answer in answers),
             self._cached_tokens,
+            sum(answer.reasoning_tokens for answers in self._answers for answer in answers),
         )
 
     def prompt_scores(self, index: int) -> Scores:
@@ -398,6 +430,8 @@ class Generation:
             async for pieces in batches:
                 for piece in pieces:
                     texts[piece.index].append(piece.text)
+                    answers[piece.index].reasoning += piece.reasoning
+                    gather(answers[piece.index].calls, piece.calls)
                     if piece.detail is not None:
                         details[piece.index].append(piece.detail)
                     answers[piece.index].finish_reason = piece.finish_reason

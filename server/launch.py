@@ -293,7 +293,7 @@ def build_app(
     Raises:
         EngineStartError: the model has no usable tokenizer.
     """
-    from server.app import Limits, TextModel, create_app
+    from server.app import Limits, ParserNames, TextModel, create_app
     from server.metrics import Slo
     from server.queue_bound import QueueLimits
     from server.tokenizer import TextModelError
@@ -331,4 +331,5 @@ def build_app(
         spans=spans,
         slo=Slo(settings.observability.slo_ttft, settings.observability.slo_tpot),
         startup=startup,
+        parsers=ParserNames(settings.model.tool_call_parser, settings.model.reasoning_parser),
     )

@@ -89,22 +89,84 @@ Content = Annotated[
 ]
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(Body):
+    """A call that the model made before; `arguments` is JSON text."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves."""
+        try:
+            arguments = msgspec.json.decode(self.function.arguments)
+        except msgspec.DecodeError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class ToolFunction(Body):
+    """`strict` changes nothing: demanded calls are always held to their schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _choice_kind(value: object) -> str:
+    return "<named>" if isinstance(value, dict) else "<word>"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+    | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(_choice_kind),
+]
+
+
 class Message(Body):
-    """One message of a chat."""
+    """One message of a chat. Only calls of tools may stand in place of the content."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Content
+    content: Content | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], FailFast] | None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The message as a chat template sees it: the content as one string, no nulls."""
-        content = self.content
+        content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        more = {"name": self.name, "reasoning_content": self.reasoning_content}
-        more["tool_call_id"] = self.tool_call_id
+        more: dict[str, Any] = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_call_id": self.tool_call_id,
+        }
+        if self.tool_calls:
+            more["tool_calls"] = [call.for_template() for call in self.tool_calls]
         given = {name: value for name, value in more.items() if value is not None}
         return {"role": self.role, "content": content, **given}
 
@@ -233,12 +295,20 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], FailFast] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     @property
     def answer_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one function that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
 
 class CompletionBody(GenerationBody):

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,7 +27,8 @@ from server.logprobs import Wording
 from server.metrics import Metrics
 from server.queue_bound import QueueBound
 from server.queue_positions import QueuePositions
-from server.schemas import CompletionBody, GenerationBody, Limits, parse
+from server.reading import AnswerReader, ChatParsers, ParserNames
+from server.schemas import ChatBody, CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
 from server.structured import grammar_of
@@ -58,6 +59,7 @@ class Service:
 
     Attributes:
         names: under which it is served; the first goes to `/metrics`.
+        parsers: how chat answers are read.
         created: when this server started, in seconds since 1970.
     """
 
@@ -71,11 +73,13 @@ class Service:
         lifecycle: Lifecycle,
         queue: QueueBound,
         spans: Spans | None,
+        parsers: ParserNames,
     ) -> None:
         self.engine, self.text, self.metrics = engine, text, metrics
         self.names, self.limits, self.lifecycle = names, limits, lifecycle
         self.queue, self.positions = queue, QueuePositions(engine)
         self._spans = spans
+        self.parsers = ChatParsers(parsers, text.template.source if text.template else "")
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])
 
@@ -161,7 +165,9 @@ class Service:
             ignore_eos=bool(body.ignore_eos),
             logprobs=body.answer_logprobs,
             prompt_logprobs=prompt_logprobs,
-            grammar=grammar_of(body),
+            grammar=(
+                self.parsers.grammar(body) if isinstance(body, ChatBody) else grammar_of(body)
+            ),
         )
 
     def request(
@@ -199,9 +205,15 @@ class Service:
         )
 
     def generation(
-        self, http: HttpRequest, body: GenerationBody, requests: list[Request], *, continues: bool
+        self,
+        http: HttpRequest,
+        body: GenerationBody,
+        requests: list[Request],
+        *,
+        continues: bool,
+        reader: Callable[[], AnswerReader] | None = None,
     ) -> Generation:
-        """The running of `requests`; `continues`: see `TextOptions`.
+        """The running of `requests`; `continues`, `reader`: see `TextOptions`.
 
         Raises:
             ApiError: 400 for too many answers, or stop strings that are none.
@@ -218,6 +230,8 @@ class Service:
             min_tokens=body.min_tokens or 0,
             logprobs=body.answer_logprobs is not None,
             token_ids=bool(body.return_token_ids),
+            reader=reader,
+            keep=self.parsers.marks if reader else (),
         )
         arrival: float = http.scope["state"]["arrival"]
         span = None

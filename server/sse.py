@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -24,6 +24,7 @@ from server.generate import Generation, Piece, Usage
 from server.logprobs import Detail, Wording
 from server.queue_positions import QueuePositions
 from server.receipt import RequestReceipt
+from server.tools import CallDelta
 
 logger = logging.getLogger("quire.server")
 
@@ -104,6 +105,14 @@ def _ending(piece: Piece, detail: bytes = _NO_DETAIL) -> bytes:
     return ending
 
 
+def _call(delta: CallDelta) -> dict[str, Any]:
+    function = {"arguments": delta.arguments}
+    if delta.name is None:
+        return {"index": delta.place, "function": function}
+    named = {"name": delta.name, **function}
+    return {"index": delta.place, "id": delta.id, "type": "function", "function": named}
+
+
 class ChatChunks:
     """role chunk, content chunks, a chunk with an empty delta and the finish reason.
 
@@ -132,13 +141,22 @@ class ChatChunks:
     def piece(self, piece: Piece, usage: bytes) -> bytes:
         chunks = b""
         detail = piece.detail
+        if piece.reasoning:
+            thought = {"reasoning": piece.reasoning, "reasoning_content": piece.reasoning}
+            chunks = self._delta(piece.index, thought, usage)
         if piece.text or (detail is not None and not detail.empty):
             delta = b'"delta":{"content":%b},%b,"finish_reason":null'
             told = _NO_DETAIL if detail is None else self._told(detail)
-            chunks = self._frame.choice(piece.index, delta % (_json(piece.text), told), usage)
+            chunks += self._frame.choice(piece.index, delta % (_json(piece.text), told), usage)
+        for call in piece.calls:
+            chunks += self._delta(piece.index, {"tool_calls": [_call(call)]}, usage)
         if piece.finish_reason is not None:
             chunks += self._frame.choice(piece.index, b'"delta":{},' + _ending(piece), usage)
         return chunks
+
+    def _delta(self, index: int, delta: dict[str, Any], usage: bytes) -> bytes:
+        told = b'"delta":%b,%b,"finish_reason":null' % (_json(delta), _NO_DETAIL)
+        return self._frame.choice(index, told, usage)
 
     def _told(self, detail: Detail) -> bytes:
         return _json(self._wording.chat(detail))[1:-1]

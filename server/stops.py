@@ -78,3 +78,9 @@ class StopMatcher:
     def _release(self, count: int) -> str:
         sent, self._held = self._held[:count], self._held[count:]
         return sent
+
+
+def held_back(text: str, mark: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `mark`."""
+    most = min(len(text), len(mark) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(mark[:n])), 0)

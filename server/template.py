@@ -251,6 +251,7 @@ class ChatTemplate:
     """A compiled chat template.
 
     Attributes:
+        source: as it was given.
         has_developer: whether the template knows the role `developer`.
         variables: names that it reads beside the ones it is always given; a request may set them
             (`chat_template_kwargs`).
@@ -264,6 +265,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the source does not compile.
         """
+        self.source = source
         self.has_developer = "developer" in source
         self._special_tokens = dict(special_tokens)
         env = _sandbox()
@@ -280,11 +282,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text that the model continues. Takes at most about `RENDER_SECONDS`.
 
         Args:
             variables: values of some of `self.variables`; other names are left out.
+            tools: as the client describes them.
 
         Raises:
             TemplateError: the template refuses the messages, fails, or does not end.
@@ -298,6 +302,7 @@ class ChatTemplate:
                 **known,
                 **self._special_tokens,
                 messages=messages,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
             ):
                 parts.append(part)
@@ -319,6 +324,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text up to the end of the last message's content, which the model then goes on with
         (`continue_final_message`).
@@ -329,7 +335,7 @@ class ChatTemplate:
         *before, last = messages
         mark = "\ue000end of the last message\ue000"
         marked = [*before, {**last, "content": f"{last['content']}{mark}"}]
-        whole = self.render(marked, add_generation_prompt=False, variables=variables)
+        whole = self.render(marked, add_generation_prompt=False, variables=variables, tools=tools)
         text, found, _ = whole.rpartition(mark)
         if not found:
             raise TemplateError("the chat template does not show the last message's content")

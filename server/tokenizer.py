@@ -86,9 +86,13 @@ class TextModel:
         """See `Vocabulary.token_bytes`."""
         return self._vocabulary.token_bytes(token)
 
-    def detokenizer(self, *, skip_special: bool = True, continues: bool = False) -> Detokenizer:
+    def detokenizer(
+        self, *, skip_special: bool = True, continues: bool = False, keep: Sequence[str] = ()
+    ) -> Detokenizer:
         """See `Vocabulary.detokenizer`."""
-        return self._vocabulary.detokenizer(skip_special=skip_special, continues=continues)
+        return self._vocabulary.detokenizer(
+            skip_special=skip_special, continues=continues, keep=keep
+        )
 
     def render(
         self,
@@ -97,6 +101,7 @@ class TextModel:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """A chat as the text that the model goes on with. `developer` becomes `system` where the
         template does not know it.
@@ -115,9 +120,12 @@ class TextModel:
                 for message in messages
             ]
         if continue_final_message:
-            return self.template.render_open(messages, variables=variables)
+            return self.template.render_open(messages, variables=variables, tools=tools)
         return self.template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+            tools=tools,
         )
 
 

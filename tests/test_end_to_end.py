@@ -130,6 +130,27 @@ def test_structured_answers_validate(client: openai.OpenAI):
     assert [choice.message.content for choice in whole.choices] == texts
 
 
+def test_demanded_calls_parse(client: openai.OpenAI):
+    """Whatever a model that never saw a tool makes of it."""
+    tool = {"type": "function", "function": {"name": "person", "parameters": PERSON}}
+    named = {"type": "function", "function": {"name": "person"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=QUESTION,
+            tools=[tool],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            temperature=1.5,
+            seed=4,
+            max_tokens=300,
+        ).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        [call] = answer.message.tool_calls
+        assert call.function.name == "person"
+        jsonschema.validate(json.loads(call.function.arguments), PERSON)
+
+
 def test_hostile_grammars_are_refused_and_disturb_nobody(server: Server, client: openai.OpenAI):
     deep = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(20_000)}
     hostile = [

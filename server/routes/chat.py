@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from server.errors import invalid
 from server.fields import UNSUPPORTED_IN_MESSAGE, check_extra
+from server.generate import WholeAnswer
 from server.logprobs import of_prompt
 from server.schemas import ChatBody
 from server.service import Prompt, Service, usage_options
@@ -30,10 +31,11 @@ def router(service: Service) -> APIRouter:
         headers = service.response_headers(http, body, check(service, body))
         envelope = service.envelope("chatcmpl", body)
         sampling = service.sampling(body)
-        ids = await asyncio.to_thread(prompt_ids, service, body)
+        prompt, ids = await asyncio.to_thread(prompt_of, service, body)
         request = service.request(http, envelope.id, Prompt(ids), sampling, body, "messages")
         echo, wording = echoed(body), service.wording(body)
-        generation = service.generation(http, body, [request], continues=False)
+        reader = service.parsers.readers(body, prompt)
+        generation = service.generation(http, body, [request], continues=False, reader=reader)
         if body.stream:
             told_ids = ids if body.return_token_ids else None
             chunks = ChatChunks(envelope, wording, echo, told_ids)
@@ -44,7 +46,7 @@ def router(service: Service) -> APIRouter:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": echo + answer.text, "refusal": None},
+                "message": message(answer, echo),
                 **wording.chat(answer.detail),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
@@ -69,11 +71,27 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+def message(answer: WholeAnswer, echo: str) -> dict[str, Any]:
+    """An assistant's message; without content where there are calls and nothing else."""
+    content = echo + answer.text
+    told: dict[str, Any] = {
+        "role": "assistant",
+        "content": content if content or not answer.calls else None,
+        "refusal": None,
+    }
+    if answer.reasoning:
+        told["reasoning"] = told["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        told["tool_calls"] = [call.fields() for call in answer.calls]
+    return told
+
+
 def echoed(body: ChatBody) -> str:
     """The text of the message that the answer goes on with, where it is to be repeated."""
     if not (body.echo and body.continue_final_message):
         return ""
-    return body.messages[-1].for_template()["content"]
+    content: str = body.messages[-1].for_template()["content"]
+    return content
 
 
 def check(service: Service, body: ChatBody) -> list[str]:
@@ -104,11 +122,12 @@ def check(service: Service, body: ChatBody) -> list[str]:
                 param, f"{param} must be 'assistant' with continue_final_message, got {last!r}"
             )
     ignored = []
-    for place, message in enumerate(body.messages):
-        if message.model_extra:
-            ignored += check_extra(
-                message.model_extra, UNSUPPORTED_IN_MESSAGE, f"messages.{place}."
-            )
+    for place, one in enumerate(body.messages):
+        if one.content is None and not (one.role == "assistant" and one.tool_calls):
+            param = f"messages.{place}.content"
+            raise invalid(param, f"{param} must be a string or text parts, got None")
+        if one.model_extra:
+            ignored += check_extra(one.model_extra, UNSUPPORTED_IN_MESSAGE, f"messages.{place}.")
     return ignored + check_variables(service.text.template, body.chat_template_kwargs or {})
 
 
@@ -129,8 +148,13 @@ def check_variables(template: ChatTemplate | None, given: Mapping[str, Any]) -> 
 
 
 def prompt_ids(service: Service, body: ChatBody) -> tuple[int, ...]:
-    """The chat as token ids. The template writes the special tokens, the tokenizer adds none
-    unless asked to. Takes its time: to be run on a thread.
+    """The chat as token ids: see `prompt_of`."""
+    return prompt_of(service, body)[1]
+
+
+def prompt_of(service: Service, body: ChatBody) -> tuple[str, tuple[int, ...]]:
+    """The chat as text and as token ids. The template writes the special tokens, the tokenizer adds
+    none unless asked to. Takes its time: to be run on a thread.
 
     Raises:
         ApiError: the template refuses the messages.
@@ -141,8 +165,9 @@ def prompt_ids(service: Service, body: ChatBody) -> tuple[int, ...]:
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),
             variables=body.chat_template_kwargs,
+            tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()] or None,
         )
     except TemplateError as error:
         raise invalid("messages", str(error)) from None
     ids = service.text.encode([text], add_special_tokens=bool(body.add_special_tokens))[0]
-    return service.truncated(ids, body)
+    return text, service.truncated(ids, body)

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from engine.client import EngineClient
 from server.app import create_app
+from server.tokenizer import TextModel
 from tests.server.fake_engine import FakeEngine
 from tests.server.text_models import chat_model, ids_of
 
@@ -30,8 +31,9 @@ def says(text: str, **options: Any) -> FakeEngine:
     return FakeEngine(lambda request, index: tokens, **options)
 
 
-def app_over(engine: EngineClient, **options: Any) -> FastAPI:
-    return create_app(engine, chat_model(), served_model_names=("quiet", "quiet-2"), **options)
+def app_over(engine: EngineClient, text: TextModel | None = None, **options: Any) -> FastAPI:
+    names = ("quiet", "quiet-2")
+    return create_app(engine, text or chat_model(), served_model_names=names, **options)
 
 
 class Door:

@@ -154,8 +154,6 @@ NOT_SERVED: dict[str, Any] = {
     "guided_json": {},
     "guided_regex": "a*",
     "suffix": "end",
-    "tool_choice": "auto",
-    "tools": [{"type": "function"}],
 }
 
 
@@ -164,11 +162,6 @@ def test_what_is_not_served_is_refused_by_name(front: Door, field: str) -> None:
     value = {field: NOT_SERVED[field]}
     for response in (front.chat(**value), front.complete(**value)):
         check(response, 400, "unsupported_parameter", field, field)
-
-
-def test_tool_calls_in_messages(front: Door) -> None:
-    chat = message(role="assistant", tool_calls=[{"id": "1"}])
-    check(front.chat(**chat), 400, "unsupported_parameter", "messages.0.tool_calls")
 
 
 def test_values_that_ask_for_nothing_are_accepted(front: Door) -> None:
