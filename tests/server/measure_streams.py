@@ -55,6 +55,7 @@ class TickingEngine:
     """One step every `seconds`; every request gets one token of it."""
 
     alive = True
+    quiet_seconds = 0.0
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

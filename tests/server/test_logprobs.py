@@ -9,6 +9,7 @@ import pytest
 
 from server.logprobs import Wording
 from server.tokenizer import TextModel
+from tests.server.fake_engine import FakeEngine
 from tests.server.front import chunks, door, says
 from tests.server.text_models import (
     BOS,
@@ -52,6 +53,17 @@ def test_a_stop_string_cuts_what_is_told() -> None:
     assert shown["message"]["content"] == "hello "
     assert told.startswith(b"hello ")
     assert len(shown["logprobs"]["content"]) <= len(ids_of("hello ")) + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stop", "told"), [("q", ["z"]), ("q!", ["z", "q", "z"])])
+def test_tokens_are_told_of_with_their_text(stop: str, told: list[str], stream: bool) -> None:
+    """One behind the end is not; one that only looked like the start of a stop string is."""
+    tokens = [*ids_of("z"), *ids_of("q"), *ids_of("z")]
+    engine = FakeEngine(lambda request, index: tokens)
+    response = door(engine).complete(stop=stop, logprobs=0, stream=stream)
+    events = chunks(response) if stream else [response.json()]
+    assert joined(events, "tokens") == told
 
 
 def test_completions_have_lists_and_offsets() -> None:
