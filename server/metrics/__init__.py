@@ -257,6 +257,9 @@ class Metrics:
                 clock.finish("abort", time.monotonic())
         for refusal in output.refused:
             self._orphans.pop(refusal.request_id, None)
+        for delta in output.deltas:
+            if delta.finish_reason is not None and delta.receipt is None:  # it was never admitted
+                self._orphans.pop(delta.request_id, None)
 
     # ------------------------------------------------------------------ failures
 

@@ -284,6 +284,11 @@ def test_who_left_before_admission_was_known_counts_once_it_is() -> None:
     output = StepOutput(EngineStats(), admitted=["taken"], refused=[Refusal("refused", "", "", "")])
     meter.metrics.heard(output)
     meter.metrics.heard(output)
+    request = meter.request()
+    meter.metrics.abandoned(request, meter.metrics.answers(request, arrival=0.0))
+    never_admitted = StepOutput(EngineStats(), deltas=[Delta(request.id, 0, [], "abort")])
+    meter.metrics.heard(never_admitted)
+    meter.metrics.heard(StepOutput(EngineStats(), admitted=[request.id]))
     assert meter.value("vllm:request_success_total", finished_reason="abort") == 1
     assert meter.value("vllm:request_params_n_count") == 1
 
