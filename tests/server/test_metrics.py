@@ -412,6 +412,16 @@ def test_the_event_loop_s_lag_is_seen() -> None:
     assert metrics.event_loop_lag.total >= 0.1
 
 
+def test_an_edge_belongs_to_its_bucket() -> None:
+    meter = Meter()
+    for seconds, times in ((0.1, 2), (0.1001, 1), (1e6, 3)):
+        meter.metrics.whole_request.observe(seconds, times)
+    name = "vllm:e2e_request_latency_seconds"
+    counts = {edge: meter.value(f"{name}_bucket", le=edge) for edge in ("0.05", "0.1", "0.2")}
+    assert counts == {"0.05": 0, "0.1": 2, "0.2": 3}
+    assert meter.value(f"{name}_bucket", le="+Inf") == meter.value(f"{name}_count") == 6
+
+
 def test_labels_are_escaped() -> None:
     metrics = Metrics(EngineStats, INFO, 'a "b" \\ c\nd')
     found = samples(metrics.render().decode())["vllm:generation_tokens_total"]
