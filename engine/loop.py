@@ -324,8 +324,8 @@ class EngineLoop:
         disk = tiers.disk
         stats = EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            waiting_deferred=scheduler.num_deferred,
+            waiting=len(scheduler.waiting) + len(self._deferred),
+            waiting_deferred=scheduler.num_deferred + len(self._deferred),
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,

@@ -139,6 +139,11 @@ class Tiers:
             self._loading[key].append(seq)
             seq.awaited += 1
 
+    @property
+    def num_reading(self) -> int:
+        """Sequences for which the disk is being read."""
+        return len({seq for waiting in self._loading.values() for seq in waiting})
+
     def poll(self) -> None:
         """Takes in what the disk has read since the last call."""
         if self.disk is None:

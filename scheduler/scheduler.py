@@ -159,12 +159,12 @@ class Scheduler:
 
     @property
     def num_deferred(self) -> int:
-        """Waiting sequences that would not start if there were room: their prompt is being read by
-        another answer of their request."""
-        reading = (s for s in self.running if s.request.n > 1 and s.num_computed < s.num_prompt)
-        return sum(
+        """Waiting sequences that would not start if there were room: the disk is being read for
+        them, or their prompt is being computed by another answer of their request."""
+        leaders = (s for s in self.running if s.request.n > 1 and s.num_computed < s.num_prompt)
+        return self.cache.tiers.num_reading + sum(
             seq.leader is leader and seq.status is Status.WAITING
-            for leader in reading
+            for leader in leaders
             for seq in self._requests[leader.request.id]
         )
 

@@ -192,6 +192,8 @@ def test_others_go_on_while_a_grammar_is_compiled():
 def test_a_request_can_be_aborted_while_its_grammar_is_compiled():
     loop = make()
     loop.take(Submit([with_grammar("held", n=2)]))
+    stats = loop.collect().stats
+    assert (stats.waiting, stats.waiting_deferred) == (1, 1)
     loop.take(Abort(["held"]))
     assert [(d.index, d.finish_reason) for d in loop.collect().deltas] == [
         (0, "abort"),
