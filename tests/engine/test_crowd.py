@@ -96,7 +96,7 @@ TIERS: list[dict[str, Any]] = [
     {"host_kv_bytes": "2MiB", "preemption": "recompute"},
     {"host_kv_bytes": "2MiB", "preemption": "swap"},
 ]
-SEEN = ("stop", "length", "abort", "hits", "preemptions", "evictions", "swaps", "host")
+SEEN = ("stop", "length", "abort", "hits", "preemptions", "evictions", "swaps", "host", "disk")
 CONFIGURATIONS = [
     (windows, dtype) for windows in (False, True) for dtype in ("auto", "fp8_e4m3", "int8", "int4")
 ]
@@ -116,8 +116,9 @@ def test_random_histories(windows: bool, dtype: str, tmp_path: Path) -> None:
             num_gpu_blocks_override=draw.randint(24, 60) if windows else draw.randint(10, 24),
             max_num_seqs=draw.randint(2, 8),
             max_num_batched_tokens=draw.choice([16, 40, 200]),
-            enable_prefix_caching=draw.random() < 0.8,
+            enable_prefix_caching=(found := draw.random() < 0.8),
             admission=draw.choice(["optimistic", "optimistic", "reserve"]),
+            disk_kv_path=str(tmp_path / "kv") if found and draw.random() < 0.3 else None,
             **draw.choice(TIERS),
         )
         guests = some_guests(draw)
@@ -128,7 +129,8 @@ def test_random_histories(windows: bool, dtype: str, tmp_path: Path) -> None:
         seen.update(hits=scheduler.prefix.hits, preemptions=scheduler.num_preemptions)
         seen.update(evictions=scheduler.cache.pool.num_evicted)
         seen.update(swaps=scheduler.preemption.num_swapped)
-        seen.update(host=scheduler.cache.tiers.host_hits)
+        seen.update(host=scheduler.cache.tiers.host_hits, disk=scheduler.cache.tiers.disk_hits)
+        loop.close()
     for what in SEEN:
         assert seen[what] > 10, (what, seen)
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ class Feature:
         settings: of the engine.
         menu: fields of `Menu`.
         tight: the pool is so small that blocks run out.
-        again: everybody comes a second time, when much of it was computed before.
+        disk: blocks go on to a folder of the test's.
+        again: everybody comes twice more, when much of it was computed before.
         excludes: features that no engine has beside it.
     """
 
@@ -47,6 +49,7 @@ class Feature:
     preempt_every: int = 0
     tight: bool = False
     again: bool = False
+    disk: bool = False
     excludes: frozenset[str] = frozenset()
 
 
@@ -93,9 +96,18 @@ FEATURES = {
         tight=True,
         again=True,
     ),
+    "disk tier": Feature(
+        lambda loop, told: (
+            (disk := loop.scheduler.cache.tiers.disk) is not None and disk.num_blocks > 0
+        ),
+        {"enable_prefix_caching": True},
+        tight=True,
+        again=True,
+        disk=True,
+    ),
     "swap": Feature(
         lambda loop, told: loop.scheduler.preemption.num_swapped > 0,
-        {"host_kv_bytes": "4MiB", "preemption": "swap"},
+        {"host_kv_bytes": "200KiB", "preemption": "swap"},
         preempt_every=4,
     ),
 }
@@ -122,13 +134,18 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str], Alon
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
-def test_pair(pair: tuple[str, str], solo: Callable[[bool, str], Alone]) -> None:
+def test_pair(pair: tuple[str, str], solo: Callable[[bool, str], Alone], tmp_path: Path) -> None:
     features = [FEATURES[name] for name in pair]
     settings: dict[str, Any] = dict(BASE)
     menu: dict[str, Any] = {}
     for feature in features:
         settings |= feature.settings
         menu |= feature.menu
+    if any(f.disk for f in features):
+        settings["disk_kv_path"] = str(tmp_path / "kv")
+        # A few blocks of host memory, so that they go on.
+        small = "24KiB" if "kv_cache_dtype" in settings else "120KiB"
+        settings["host_kv_bytes"] = "200KiB" if "preemption" in settings else small
     windows = any(f.windows for f in features)
     if any(f.tight for f in features):
         blocks = 26 if windows else 12  # that is little more than one sequence may need
@@ -137,7 +154,7 @@ def test_pair(pair: tuple[str, str], solo: Callable[[bool, str], Alone]) -> None
     alone = solo(windows, settings.get("kv_cache_dtype", "auto"))
     guests = crowd(Menu(**menu), any(f.aborts for f in features))
     loop = engine(alone.path, num_gpu_blocks_override=blocks, **settings)
-    for _ in range(1 + any(f.again for f in features)):
+    for _ in range(1 + 2 * any(f.again for f in features)):
         told = serve(loop, guests, max(f.preempt_every for f in features))
         assert_as_alone(told, guests, alone)
     for name, feature in zip(pair, features, strict=True):
