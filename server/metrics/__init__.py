@@ -21,11 +21,11 @@ from server.metrics.answer_clock import AnswerClock
 from server.metrics.engine_state import EngineState, read_engine
 from server.metrics.exposition import Registry
 from server.metrics.failures import FAILURES, REJECTIONS
+from server.metrics.process import ProcessMetrics
 
 __all__ = ["AnswerClock", "Metrics", "Slo"]
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-PROCESS_STARTED = time.time() - time.process_time()
 
 
 @dataclass(frozen=True)
@@ -169,23 +169,12 @@ class Metrics:
             python=".".join(map(str, sys.version_info[:3])),
             torch=version("torch"),
         )
-        registry.constant(
-            "process_start_time_seconds",
-            "When this process started, since 1970.",
-            PROCESS_STARTED,
-            bare=True,
-        )
-        registry.read(
-            "counter",
-            "process_cpu_seconds_total",
-            "CPU time of the HTTP process.",
-            lambda _: time.process_time(),
-            bare=True,
-        )
+        self._process = ProcessMetrics()
 
     def render(self) -> bytes:
         """The exposition text."""
-        return self.registry.render(EngineState(self._stats(), self._last_step, self._stalled()))
+        state = EngineState(self._stats(), self._last_step, self._stalled())
+        return self.registry.render(state) + self._process.render()
 
     # ------------------------------------------------------------------ answers
 

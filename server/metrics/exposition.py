@@ -116,18 +116,14 @@ class Registry(Generic[S]):
         name: str,
         text: str,
         read: Callable[[S], float],
-        *,
-        bare: bool = False,
         **labels: str,
     ) -> None:
         """A counter or gauge whose value somebody else keeps."""
-        self._add(kind, name, text, Reading(name, self._all(labels, bare), read))
+        self._add(kind, name, text, Reading(name, self._all(labels, False), read))
 
-    def constant(
-        self, name: str, text: str, value: float, *, bare: bool = False, **labels: str
-    ) -> None:
+    def constant(self, name: str, text: str, value: float, **labels: str) -> None:
         """A gauge that never changes."""
-        self.read("gauge", name, text, lambda _: value, bare=bare, **labels)
+        self.read("gauge", name, text, lambda _: value, **labels)
 
     def render(self, snapshot: S) -> bytes:
         """The exposition text."""
