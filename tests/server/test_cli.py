@@ -140,7 +140,7 @@ def test_what_only_the_engine_can_know_is_one_line_and_2_as_well() -> None:
     done = quire("serve", "--port", "0", "--log-level", "error", "--host-kv-bytes", "100B")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "--host-kv-bytes must hold at least one KV block of 48 KiB, got 100 B" in done.stderr
+    assert "host_kv_bytes must hold at least one KV block of 48 KiB, got 100 B" in done.stderr
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(
