@@ -18,7 +18,18 @@ from server.metrics.http_meter import HttpMeter
 from server.metrics.scrape import Scrape
 from server.queue_bound import QueueBound, QueueLimits
 from server.reading import ParserNames
-from server.routes import chat, completions, debug, explain, page, requests, status, steps, tokens
+from server.routes import (
+    chat,
+    completions,
+    debug,
+    explain,
+    page,
+    requests,
+    responses,
+    status,
+    steps,
+    tokens,
+)
 from server.schemas import Limits
 from server.service import Service
 from server.spans import Spans
@@ -84,7 +95,8 @@ def create_app(
     app = FastAPI(title="Quire", version=__version__)
     # First, since it is asked for most often; no FastAPI around it.
     app.router.routes.append(Route("/metrics", Scrape(metrics.render), methods=["GET"]))
-    for module in (chat, completions, debug, explain, page, requests, status, steps, tokens):
+    answering = (chat, completions, responses)
+    for module in (*answering, debug, explain, page, requests, status, steps, tokens):
         app.include_router(module.router(service))
     errors.install(app)
     openapi.install(app)

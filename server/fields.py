@@ -42,8 +42,19 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "refusal": (None,),
 }
 
+UNSUPPORTED_IN_RESPONSES: dict[str, tuple[object, ...]] = {
+    "background": (None, False),
+    "conversation": (None,),
+    "previous_response_id": (None,),
+    "prompt": (None,),
+    "top_logprobs": (None, 0),
+    "truncation": (None, "disabled"),
+}
+
 HINTS = {
+    "background": "nothing is stored, so an answer cannot be fetched later",
     "chat_template": "a template never comes from a request",
+    "conversation": "nothing is stored; send all earlier items in input",
     "function_call": "use tool_choice",
     "functions": "use tools",
     "guided_choice": "use structured_outputs.choice",
@@ -52,6 +63,8 @@ HINTS = {
     "guided_json": "use structured_outputs.json or response_format",
     "guided_regex": "use structured_outputs.regex",
     "guided_whitespace_pattern": "white space is bounded already; use structured_outputs",
+    "previous_response_id": "nothing is stored; send all earlier items in input",
+    "prompt": "nothing is stored; use instructions and input",
     "suffix": "send a prompt that holds the model's own fill-in-the-middle tokens",
     "use_beam_search": "use n",
 }

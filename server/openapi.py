@@ -11,11 +11,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from server.response_schemas import ResponsesBody
 from server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 BODIES: Mapping[str, tuple[type[Body], ...]] = {
     "/v1/chat/completions": (ChatBody,),
     "/v1/completions": (CompletionBody,),
+    "/v1/responses": (ResponsesBody,),
     "/tokenize": (TokenizeBody, ChatBody),
     "/detokenize": (DetokenizeBody,),
     "/v1/explain": (ChatBody, CompletionBody),
@@ -23,7 +25,7 @@ BODIES: Mapping[str, tuple[type[Body], ...]] = {
 }
 """What each POST route takes: one of these."""
 
-STREAMING = ("/v1/chat/completions", "/v1/completions")
+STREAMING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 _REF = "#/components/schemas/{model}"
 _NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}

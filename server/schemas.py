@@ -111,10 +111,13 @@ class MessageToolCall(Body):
         return {"id": self.id, "type": self.type, "function": function}
 
 
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
 class ToolFunction(Body):
     """`strict` changes nothing: demanded calls are always held to their schema."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -135,7 +138,7 @@ class NamedTool(Body):
 
 
 def _choice_kind(value: object) -> str:
-    return "<named>" if isinstance(value, dict) else "<word>"
+    return "<word>" if isinstance(value, str) else "<named>"
 
 
 ToolChoice = Annotated[
@@ -351,7 +354,8 @@ def parse(kind: type[B], raw: bytes, limits: Limits) -> B:
         raise invalid(None, f"the body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise invalid(None, "the body must be a JSON object")
-    _count(fields, "messages", limits.max_messages)
+    for name in ("messages", "input"):
+        _count(fields, name, limits.max_messages)
     if (prompts := fields.get("prompt")) and isinstance(prompts, list):
         _count(fields, "prompt", limits.max_prompts if not isinstance(prompts[0], int) else None)
     try:

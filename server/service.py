@@ -28,7 +28,7 @@ from server.metrics import Metrics
 from server.queue_bound import QueueBound
 from server.queue_positions import QueuePositions
 from server.reading import AnswerReader, ChatParsers, ParserNames
-from server.schemas import ChatBody, CompletionBody, GenerationBody, Limits, parse
+from server.schemas import Body, ChatBody, CompletionBody, GenerationBody, Limits, parse
 from server.spans import Spans
 from server.sse import Envelope, UsageOptions
 from server.structured import grammar_of
@@ -38,6 +38,7 @@ MAX_DEADLINE_MS = 86_400_000  # a day
 
 prompts = logging.getLogger(PROMPTS)
 
+AnyBody = TypeVar("AnyBody", bound=Body)
 B = TypeVar("B", bound=GenerationBody)
 
 
@@ -83,16 +84,24 @@ class Service:
         self.created = int(time.time())
         self._fingerprint = _fingerprint(engine.info, names[0])
 
+    async def read_any(self, http: HttpRequest, kind: type[AnyBody]) -> AnyBody:
+        """The body of a request for answers, of the right types.
+
+        Raises:
+            ApiError: 400 or 413.
+        """
+        content = await http.body()
+        if prompts.isEnabledFor(logging.INFO):
+            prompts.info(content.decode(errors="replace"))
+        return parse(kind, content, self.limits)
+
     async def read(self, http: HttpRequest, kind: type[B]) -> B:
         """The body of a generation request, its model known and its combinations possible.
 
         Raises:
             ApiError: 400, 404 or 413.
         """
-        content = await http.body()
-        if prompts.isEnabledFor(logging.INFO):
-            prompts.info(content.decode(errors="replace"))
-        body = parse(kind, content, self.limits)
+        body = await self.read_any(http, kind)
         if body.model is not None:
             self.check_model(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):

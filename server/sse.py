@@ -215,7 +215,7 @@ async def events(
                     write = [chunks.opening(index, usage) for index in sorted(new)]
                 write += [chunks.piece(piece, usage) for piece in pieces]
                 if not pieces:
-                    write = [await _comment(generation, positions)]
+                    write = [await comment(generation, positions)]
                 started = True
                 yield b"".join(write)
     except Exception as error:
@@ -230,7 +230,7 @@ async def events(
     yield end + DONE
 
 
-async def _comment(generation: Generation, positions: QueuePositions) -> bytes:
+async def comment(generation: Generation, positions: QueuePositions) -> bytes:
     """What keeps a silent stream alive; in the queue it says how far."""
     place = None
     if not generation.usage.completion_tokens:

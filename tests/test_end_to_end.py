@@ -151,6 +151,27 @@ def test_demanded_calls_parse(client: openai.OpenAI):
         jsonschema.validate(json.loads(call.function.arguments), PERSON)
 
 
+def test_responses_hold_what_is_demanded(client: openai.OpenAI):
+    """A streamed text, a structured one and a call."""
+    options = {"model": MODEL, "input": "What is a block table?", "max_output_tokens": 300}
+    events = list(client.responses.create(**options, temperature=0, stream=True))
+    assert events[-1].type == "response.completed"
+    assert "block" in events[-1].response.output_text
+    format = {"type": "json_schema", "name": "person", "schema": PERSON}
+    answer = client.responses.create(**options, text={"format": format}, extra_body={"seed": 3})
+    jsonschema.validate(json.loads(answer.output_text), PERSON)
+    tool = {"type": "function", "name": "person", "parameters": PERSON, "strict": True}
+    [call] = client.responses.create(
+        **options,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        extra_body={"seed": 4},
+    ).output
+    assert (call.type, call.name) == ("function_call", "person")
+    jsonschema.validate(json.loads(call.arguments), PERSON)
+
+
 def test_hostile_grammars_are_refused_and_disturb_nobody(server: Server, client: openai.OpenAI):
     deep = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(20_000)}
     hostile = [

@@ -14,7 +14,7 @@ from server.metrics.exposition import Counter, Histogram
 from server.metrics.failures import failure, rejection
 from server.metrics.loop_lag import LoopLag
 
-ANSWERS: Final = ("/v1/chat/completions", "/v1/completions")
+ANSWERS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 UNKNOWN: Final = "unknown"
 _METHODS: Final = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 

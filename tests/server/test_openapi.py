@@ -5,7 +5,7 @@ from __future__ import annotations
 from server.openapi import BODIES, STREAMING
 from tests.server.front import app_over, says
 
-WITHOUT_A_BODY: tuple[str, ...] = ()
+WITHOUT_A_BODY = ("/v1/responses/{id}/cancel",)
 
 
 def test_every_post_route_tells_what_it_takes() -> None:
