@@ -74,6 +74,7 @@ def test_answers_equal_transformers(kind: str, tmp_path: Path):
             max_num_batched_tokens=budget,
             max_num_seqs=min(24, budget),
             num_gpu_blocks_override=pool_size(path, block_size, budget),
+            admission_watermark=0.0,  # preemptions are wanted
         )
         result = answers(loop, requests)
         preemptions.append(loop.scheduler.num_preemptions)
