@@ -61,7 +61,7 @@ settings-doc: $(INSTALLED) ## write docs/settings.md from the settings tree
 	$(BIN)/python -m configs.settings_doc
 
 compat-test: $(INSTALLED) $(COMPAT)/.installed ## other people's clients and hostile ones against a real server
-	$(BIN)/python -m tests.compat.serve $(COMPAT)/bin/python -m pytest -rP tests/compat $(ARGS)
+	$(BIN)/python -m tests.compat.serve $(COMPAT)/bin/python -m pytest -o asyncio_default_test_loop_scope=session -rsP tests/compat $(ARGS)
 
 # litellm asks for older packages than ours: these clients live in an environment of their own.
 $(COMPAT)/.installed: requirements-compat.lock | $(INSTALLED)
