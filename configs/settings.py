@@ -235,6 +235,11 @@ class CacheSettings(Section):
             raise ValueError("disk_kv_path needs enable_prefix_caching")
         return self
 
+    @property
+    def disk_room(self) -> int:
+        """Most bytes of files in `disk_kv_path`."""
+        return DISK_KV_BYTES if self.disk_kv_bytes is None else self.disk_kv_bytes
+
 
 class SchedulingSettings(Section):
     """How much one step takes on."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from configs.settings import DISK_KV_BYTES, CacheSettings, format_bytes
+from configs.settings import CacheSettings, format_bytes
 from models.fingerprint import fingerprint
 from paged_cache.disk_tier import DiskTier, DiskTierError
 from paged_cache.host_pages import HostPages
@@ -29,7 +29,7 @@ def open_disk(
     """
     if settings.disk_kv_path is None:
         return None
-    most = DISK_KV_BYTES if settings.disk_kv_bytes is None else settings.disk_kv_bytes
+    most = settings.disk_room
     if most < layout.bytes_per_block:
         raise DiskTierError(
             "disk_kv_bytes must hold at least one KV block of "

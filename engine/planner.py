@@ -91,8 +91,17 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class HostFit:
+    """What the tier in host memory holds: blocks, and tokens in them seen by every layer."""
+
+    blocks: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class CachePlan:
-    """The KV cache in one dtype; all sizes in bytes. `fit` is None where no memory was named."""
+    """The KV cache in one dtype; all sizes in bytes. `fit` is None where no memory was named,
+    `host` where no host memory was."""
 
     bytes_per_token: int
     bytes_per_block: int
@@ -100,6 +109,7 @@ class CachePlan:
     bytes_per_sequence: int
     groups: tuple[GroupPlan, ...]
     fit: Fit | None
+    host: HostFit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,7 @@ class Plan:
 
     Attributes:
         dtype: of the weights in memory
+        host_kv_bytes: of the tier in host memory, if there is to be one
         cache_dtype: the one that was asked for
         caches: by cache dtype: that of the weights, the one asked for and the quantized ones, as
             far as they hold heads of this size
@@ -132,6 +143,7 @@ class Plan:
     dtype: str
     weight_bytes: int
     memory: Memory | None
+    host_kv_bytes: int | None
     cache_dtype: str
     caches: dict[str, CachePlan]
     warnings: tuple[str, ...]
@@ -328,6 +340,7 @@ def plan(
         dtype=dtype,
         weight_bytes=weights,
         memory=left,
+        host_kv_bytes=settings.cache.host_kv_bytes,
         cache_dtype=chosen,
         caches=caches,
         warnings=tuple(_warnings(context, prompt + output, caches[chosen])),
@@ -368,6 +381,7 @@ def _cache(
     shape: KVLayout, settings: Settings, context: int, length: int, memory: Memory | None
 ) -> CachePlan:
     blocks = most_blocks(shape.windows, shape.block_size, length, chunk=1)
+    host_bytes = settings.cache.host_kv_bytes
     return CachePlan(
         bytes_per_token=shape.bytes_per_token,
         bytes_per_block=shape.bytes_per_block,
@@ -375,7 +389,13 @@ def _cache(
         bytes_per_sequence=blocks * shape.bytes_per_block,
         groups=tuple(_groups(shape, length)),
         fit=None if memory is None else _fit(shape, settings, context, length, memory.left_for_kv),
+        host=None if host_bytes is None else _host_fit(shape, host_bytes),
     )
+
+
+def _host_fit(shape: KVLayout, num_bytes: int) -> HostFit:
+    blocks = shape.blocks_in(num_bytes)
+    return HostFit(blocks, shape.tokens_in(blocks))
 
 
 def _groups(shape: KVLayout, length: int) -> Iterable[GroupPlan]:
@@ -407,7 +427,7 @@ def _fit(shape: KVLayout, settings: Settings, context: int, length: int, num_byt
     return Fit(
         blocks=fits,
         pool_blocks=pool,
-        tokens=fits // len(shape.groups) * shape.block_size,
+        tokens=shape.tokens_in(fits),
         sequences_in_memory=sequences,
         sequences=min(sequences, slots),
         longest_sequence=longest,
@@ -420,6 +440,11 @@ def _warnings(context: int, length: int, cache: CachePlan) -> Iterable[str]:
         yield (
             f"prompt and output are {length:,} tokens together, more than the context of "
             f"{context:,}: the server would refuse them"
+        )
+    if cache.host is not None and cache.host.blocks < 1:
+        yield (
+            "host_kv_bytes must hold at least one KV block of "
+            f"{format_bytes(cache.bytes_per_block)}: the server would refuse it"
         )
     if cache.fit is not None and cache.fit.longest_sequence < context:
         yield (

@@ -175,6 +175,10 @@ class KVLayout:
         """How many blocks of this layout fit into `num_bytes`."""
         return max(num_bytes, 0) // self.bytes_per_block
 
+    def tokens_in(self, num_blocks: int) -> int:
+        """How many tokens `num_blocks` hold that every layer sees."""
+        return num_blocks // len(self.groups) * self.block_size
+
     def sequences_in(self, num_blocks: int, length: int, chunk: int) -> int:
         """How many sequences of `length` tokens `num_blocks` hold while prompts are read in
         pieces of `chunk`: one at a time, which takes room of its own behind a window."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from configs.settings import Settings, format_bytes
+from configs.settings import DISK_STAGING_BYTES, CacheSettings, Settings, format_bytes
 from engine.protocol import COMMON_LENGTH, EngineInfo
 from server import __version__
 from server.cli import reachable
@@ -26,11 +26,23 @@ def facts(
         "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
         "KV cache": f"{info.num_blocks:,} blocks x {info.block_size}{groups} = {tokens:,} tokens, "
         + format_bytes(tokens * info.kv_bytes_per_token),
+        **_tiers(settings.cache, info.num_host_blocks),
         "context": f"{info.max_model_len:,} tokens at most",
         "at once": f"{info.concurrency:,} sequences of {length:,} tokens",
         "API key": "on" if keys else "off",
         "try": first_request(settings.model.names[0], url, with_key=bool(keys)),
     }
+
+
+def _tiers(cache: CacheSettings, host_blocks: int) -> dict[str, str]:
+    """The tiers below the pool, where there are any."""
+    if not host_blocks:
+        return {}
+    host = format_bytes(cache.host_kv_bytes or DISK_STAGING_BYTES)
+    told = f"host {host} = {host_blocks:,} blocks"
+    if cache.disk_kv_path is not None:
+        told += f", disk {format_bytes(cache.disk_room)} at {cache.disk_kv_path}"
+    return {"KV tiers": told}
 
 
 def box(told: dict[str, str]) -> str:

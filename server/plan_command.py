@@ -20,6 +20,7 @@ SETTINGS: Final = (
     "block_size",
     "dtype",
     "gpu_memory_utilization",
+    "host_kv_bytes",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -173,6 +174,15 @@ def _caches(plan: Plan) -> str:
             row("sequences that fit", [f"{fit.sequences_in_memory:,}" for fit in fits]),
             row("sequences at once", [f"{fit.sequences:,}" for fit in fits]),
             row("limited by", [fit.limited_by for fit in fits]),
+        ]
+    hosts = [cache.host for cache in caches if cache.host is not None]
+    if plan.host_kv_bytes is not None:
+        rows += [
+            row(
+                f"blocks in {format_bytes(plan.host_kv_bytes)} of host",
+                [f"{host.blocks:,}" for host in hosts],
+            ),
+            row("tokens there", [f"{host.tokens:,}" for host in hosts]),
         ]
     return _aligned(rows, "<" + ">" * len(stars))
 

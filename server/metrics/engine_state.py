@@ -117,6 +117,18 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
     )
     read(
         "gauge",
+        "quire:kv_disk_blocks",
+        "KV blocks of the tier on disk.",
+        lambda state: state.stats.disk_blocks,
+    )
+    read(
+        "gauge",
+        "quire:kv_disk_bytes",
+        "Bytes of the files of the tier on disk.",
+        lambda state: state.stats.disk_bytes,
+    )
+    read(
+        "gauge",
         "quire:kv_fragmentation_ratio",
         "Share of the places in blocks in use that hold no token, 0 to 1.",
         lambda state: state.stats.fragmentation,
@@ -177,6 +189,18 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
         "quire:kv_host_hits_total",
         "Tokens whose blocks came back from host memory.",
         lambda state: state.stats.host_hits,
+    )
+    read(
+        "counter",
+        "quire:kv_disk_hits_total",
+        "Tokens whose blocks came back from disk.",
+        lambda state: state.stats.disk_hits,
+    )
+    read(
+        "counter",
+        "quire:kv_disk_errors_total",
+        "Blocks that could not be written to disk, or read and used.",
+        lambda state: state.stats.disk_errors,
     )
     read(
         "counter",

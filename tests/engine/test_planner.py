@@ -173,6 +173,20 @@ def test_planned_bytes_are_allocated_bytes(
     assert allocated + cache.bytes_per_block > 3 << 20
 
 
+@pytest.mark.parametrize("raw", [TINY, MIXED])
+def test_host_memory_holds_as_many_blocks_as_the_pages_made_there(raw: dict[str, Any]) -> None:
+    num_bytes = 1_000_000
+    settings = Settings.of(host_kv_bytes=num_bytes)
+    tiny = model(raw)
+    plan = planner.plan(tiny, settings, prompt=200, output=50)
+    for dtype, cache in plan.caches.items():
+        assert cache.host is not None
+        layout = planner.layout(tiny.config, dtype, 16, num_blocks=cache.host.blocks)
+        allocated = KVStorage(layout, torch.device("cpu")).num_bytes
+        assert allocated <= num_bytes < allocated + layout.bytes_per_block
+        assert cache.host.tokens == cache.host.blocks // len(layout.groups) * 16
+
+
 def test_groups_of_mixed_windows() -> None:
     plan = planner.plan(model(MIXED), Settings.of(), prompt=900, output=100, memory=GIB)
     cache = plan.caches["bfloat16"]
@@ -346,6 +360,22 @@ def test_json_has_raw_integers_and_no_torch() -> None:
     assert plan["caches"]["bfloat16"]["bytes_per_token"] == 36_864
     assert set(plan["caches"]) == {"bfloat16", "fp8_e4m3", "int8", "int4"}
     assert plan["warnings"] == []
+    assert plan["host_kv_bytes"] is plan["caches"]["bfloat16"]["host"] is None
+
+
+def test_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "llama-3.1-8b", "--host-kv-bytes"]
+    assert main([*arguments, "4GiB"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"^blocks in 4 GiB of host +2,048 ", text, re.M)
+    assert re.search(r"^tokens there +32,768 ", text, re.M)
+    assert main([*arguments, "4GiB", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["host_kv_bytes"] == 4 * GIB
+    assert told["caches"]["bfloat16"]["host"] == {"blocks": 2048, "tokens": 32768}
+    assert main([*arguments, "1MiB"]) == 0
+    assert "warning: host_kv_bytes must hold at least one KV block" in capsys.readouterr().out
 
 
 def test_lengths_beyond_the_context_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,11 +136,33 @@ def test_mistakes_are_one_line_and_exit_2(
     assert line in error and error.count("\n") == 1
 
 
-def test_what_only_the_engine_can_know_is_one_line_and_2_as_well() -> None:
-    done = quire("serve", "--port", "0", "--log-level", "error", "--host-kv-bytes", "100B")
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--host-kv-bytes", "100B"],
+            "host_kv_bytes must hold at least one KV block of 48 KiB, got 100 B",
+        ),
+        (
+            ["--disk-kv-path", "{file}/kv"],
+            "disk_kv_path {file}/kv cannot be used: Not a directory",
+        ),
+        (
+            ["--disk-kv-path", "{folder}/kv", "--disk-kv-bytes", "100B"],
+            "disk_kv_bytes must hold at least one KV block of 48 KiB, got 100 B",
+        ),
+    ],
+)
+def test_what_only_the_engine_can_know_is_one_line_and_2_as_well(
+    flags: list[str], line: str, tmp_path: Path
+) -> None:
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    places["file"].touch()
+    given = [flag.format_map(places) for flag in flags]
+    done = quire("serve", "--port", "0", "--log-level", "error", *given)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "host_kv_bytes must hold at least one KV block of 48 KiB, got 100 B" in done.stderr
+    assert line.format_map(places) in done.stderr
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(

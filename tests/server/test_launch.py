@@ -163,6 +163,23 @@ def test_groups_of_layers_share_the_blocks() -> None:
     assert told["KV cache"].startswith("1,000 blocks x 16 / 4 layer groups = 4,000 tokens")
 
 
+@pytest.mark.parametrize(
+    ("cache", "row"),
+    [
+        ({"host_kv_bytes": "4GiB"}, "host 4 GiB = 90 blocks"),
+        ({"disk_kv_path": "/d"}, "host 256 MiB = 90 blocks, disk 16 GiB at /d"),
+        (
+            {"host_kv_bytes": "1GiB", "disk_kv_path": "/d", "disk_kv_bytes": "20GiB"},
+            "host 1 GiB = 90 blocks, disk 20 GiB at /d",
+        ),
+    ],
+)
+def test_the_box_tells_the_tiers_there_are(cache: dict[str, str], row: str) -> None:
+    info = msgspec.structs.replace(INFO, num_host_blocks=90)
+    assert facts(Settings.of(**cache), KeyRing(), info, ("::1", 8000))["KV tiers"] == row
+    assert "KV tiers" not in facts(Settings.of(), KeyRing(), INFO, ("::1", 8000))
+
+
 def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBars() as bars:
         bars.show(Progress("download", 0, 0))

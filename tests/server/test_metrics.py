@@ -111,6 +111,10 @@ def test_gauges_come_from_the_engine() -> None:
         host_blocks_total=7,
         host_blocks_used=3,
         host_hits=48,
+        disk_blocks=11,
+        disk_bytes=4096,
+        disk_hits=64,
+        disk_errors=6,
         fragmentation=0.125,
         jit_compiles=4,
     )
@@ -132,6 +136,10 @@ def test_gauges_come_from_the_engine() -> None:
     assert value(text, "quire:preemptions_total", mode="swap") == 2
     assert value(text, "quire:preemptions_total", mode="recompute") == 3
     assert value(text, "quire:kv_host_hits_total") == 48
+    assert value(text, "quire:kv_disk_blocks") == 11
+    assert value(text, "quire:kv_disk_bytes") == 4096
+    assert value(text, "quire:kv_disk_hits_total") == 64
+    assert value(text, "quire:kv_disk_errors_total") == 6
     for state, blocks in (("used", 3), ("free", 4)):
         assert value(text, "quire:kv_host_blocks", state=state) == blocks
     size = {"block_size": "16", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
