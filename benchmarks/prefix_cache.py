@@ -71,7 +71,8 @@ class Bench:
         while loop.scheduler.has_work:
             loop.step()
             tokens += [token for delta in loop.collect().deltas for token in delta.tokens]
-            first = first or 1e3 * (time.perf_counter() - start)
+            if tokens and not first:
+                first = 1e3 * (time.perf_counter() - start)
         return first, tokens
 
     # ------------------------------------------------------------------ parts
