@@ -177,11 +177,9 @@ def _caches(plan: Plan) -> str:
         ]
     hosts = [cache.host for cache in caches if cache.host is not None]
     if plan.host_kv_bytes is not None:
+        host_bytes = format_bytes(plan.host_kv_bytes)
         rows += [
-            row(
-                f"blocks in {format_bytes(plan.host_kv_bytes)} of host",
-                [f"{host.blocks:,}" for host in hosts],
-            ),
+            row(f"blocks in {host_bytes} of host", [f"{host.blocks:,}" for host in hosts]),
             row("tokens there", [f"{host.tokens:,}" for host in hosts]),
         ]
     return _aligned(rows, "<" + ">" * len(stars))
