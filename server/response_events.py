@@ -165,6 +165,8 @@ class ResponseWriter:
 
     def failure(self, error: ApiError) -> list[Event]:
         """In place of what would have come."""
+        if self._items and self._reason is None:
+            self._items[-1].close("incomplete")
         response = self._response("failed")
         response["error"] = {"code": "server_error", "message": error.message}
         told = {"code": error.code, "message": error.message, "param": error.param}
@@ -243,6 +245,7 @@ async def response_events(
         told = from_exception(error)
         if told.code == "internal_error":
             logger.error("unexpected error in mid-stream", exc_info=error)
-        yield encoder.encode(writer.failure(told))
+        opening = [] if opened else writer.opening()
+        yield encoder.encode(opening + writer.failure(told))
         return
     yield encoder.encode(writer.ending(generation.usage, generation.receipt.fields()))

@@ -25,6 +25,8 @@ from server.schemas import (
     Tool,
     ToolChoice,
     ToolFunction,
+    choice_kind,
+    content_kind,
 )
 
 
@@ -35,13 +37,9 @@ class Part(Body):
     text: str
 
 
-def _text_kind(value: object) -> str:
-    return "<str>" if isinstance(value, str) else "<parts>"
-
-
 Text = Annotated[
     Annotated[str, Tag("<str>")] | Annotated[list[Part], FailFast, Tag("<parts>")],
-    Discriminator(_text_kind),
+    Discriminator(content_kind),
 ]
 
 
@@ -110,7 +108,7 @@ AnyItem = Annotated[
 ]
 Input = Annotated[
     Annotated[str, Tag("<str>")] | Annotated[list[AnyItem], FailFast, Tag("<parts>")],
-    Discriminator(_text_kind),
+    Discriminator(content_kind),
 ]
 
 
@@ -154,14 +152,10 @@ class NamedToolChoice(Body):
     name: str
 
 
-def _choice_kind(value: object) -> str:
-    return "<word>" if isinstance(value, str) else "<named>"
-
-
 ResponsesToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<word>")]
     | Annotated[NamedToolChoice, Tag("<named>")],
-    Discriminator(_choice_kind),
+    Discriminator(choice_kind),
 ]
 
 _OF_CHAT = (
@@ -243,7 +237,7 @@ class ResponsesBody(Body):
 
 
 def _chat_tool(tool: FunctionTool) -> Tool:
-    function = tool.model_dump(exclude_unset=True, exclude={"type"})
+    function = tool.model_dump(exclude_none=True, exclude={"type"})
     return Tool(type="function", function=ToolFunction(**function))
 
 

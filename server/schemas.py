@@ -79,13 +79,14 @@ class TextPart(Body):
     text: str
 
 
-def _content_kind(value: object) -> str:
+def content_kind(value: object) -> str:
+    """Which branch of a union of a text and parts a value belongs to."""
     return "<str>" if isinstance(value, str) else "<parts>"
 
 
 Content = Annotated[
     Annotated[str, Tag("<str>")] | Annotated[list[TextPart], FailFast, Tag("<parts>")],
-    Discriminator(_content_kind),
+    Discriminator(content_kind),
 ]
 
 
@@ -137,14 +138,15 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-def _choice_kind(value: object) -> str:
+def choice_kind(value: object) -> str:
+    """Which branch of a union of words and a named tool a value belongs to."""
     return "<word>" if isinstance(value, str) else "<named>"
 
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<word>")]
     | Annotated[NamedTool, Tag("<named>")],
-    Discriminator(_choice_kind),
+    Discriminator(choice_kind),
 ]
 
 

@@ -72,7 +72,6 @@ def frame(body: ResponsesBody, response_id: str, model: str) -> dict[str, Any]:
     """The fields of a response that the request decides."""
     format = body.text.format if body.text else None
     told_format = format.model_dump(by_alias=True, exclude_unset=True) if format else None
-    choice = body.tool_choice
     return {
         "id": response_id,
         "object": "response",
@@ -90,16 +89,17 @@ def frame(body: ResponsesBody, response_id: str, model: str) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "text": {"format": told_format or {"type": "text"}},
-        "tool_choice": "auto"
-        if choice is None
-        else choice
-        if isinstance(choice, str)
-        else choice.model_dump(),
+        "tool_choice": _told_choice(body),
         "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
         "truncation": "disabled",
         "usage": None,
         "user": body.user,
     }
+
+
+def _told_choice(body: ResponsesBody) -> str | dict[str, Any]:
+    choice = body.tool_choice or "auto"
+    return choice if isinstance(choice, str) else choice.model_dump()
 
 
 def _sampling(service: Service, chat: ChatBody) -> SamplingParams:

@@ -50,8 +50,7 @@ def client(engine: FakeEngine) -> Iterator[openai.OpenAI]:
 
 
 def answering(engine: FakeEngine, text: str) -> None:
-    tokens = says(text).say
-    engine.say = tokens
+    engine.say = says(text).say
 
 
 def events_of(client: openai.OpenAI, **options: Any) -> list[Any]:
@@ -117,8 +116,9 @@ def test_structured_text_is_parsed(engine: FakeEngine, client: openai.OpenAI) ->
 
 def test_errors_are_told(engine: FakeEngine, client: openai.OpenAI) -> None:
     engine.fail_after = 2
-    kinds = [event.type for event in events_of(client)]
-    assert kinds[-2:] == ["error", "response.failed"]
+    events = events_of(client)
+    assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+    assert events[-1].response.output[-1].status == "incomplete"
     engine.refuse = InvalidRequest("too long", "input")
     with pytest.raises(openai.BadRequestError):
         events_of(client)
