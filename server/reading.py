@@ -10,7 +10,7 @@ from scheduler.request import Grammar
 from server.errors import invalid
 from server.reasoning import MARKS, ReasoningReader, marks_of
 from server.schemas import ChatBody
-from server.structured import grammar_of
+from server.structured import closed, grammar_of
 from server.tools import (
     FORMATS,
     CallDelta,
@@ -167,6 +167,6 @@ def _tool_reader(named: str | None, format: ToolFormat | None) -> ToolReader | N
 def functions_of(body: ChatBody) -> list[Function]:
     """The functions that the model may call."""
     return [
-        Function(tool.function.name, tool.function.parameters or ANY_ARGUMENTS)
+        Function(tool.function.name, closed(tool.function.parameters or ANY_ARGUMENTS))
         for tool in body.tools or ()
     ]

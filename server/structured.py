@@ -13,6 +13,11 @@ from server.schemas import GenerationBody, ResponseFormat, StructuredOutputs
 
 ANY_OBJECT = Grammar("json_schema", '{"type":"object"}', "response_format")
 
+_COMBINED = {
+    *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "patternProperties"),
+    "unevaluatedProperties",
+}
+
 
 def grammar_of(body: GenerationBody) -> Grammar | None:
     """What the answers must match, or None.
@@ -37,7 +42,8 @@ def _of_format(format: ResponseFormat) -> Grammar:
     if format.json_schema is None:
         param = "response_format.json_schema"
         raise invalid(param, f"{param} is required with the type 'json_schema'")
-    return schema_grammar(format.json_schema.schema_, "response_format.json_schema.schema")
+    schema = closed(format.json_schema.schema_)
+    return schema_grammar(schema, "response_format.json_schema.schema")
 
 
 def _of_outputs(outputs: StructuredOutputs) -> Grammar:
@@ -72,6 +78,24 @@ def schema_grammar(schema: dict[str, Any] | str, param: str) -> Grammar:
     except RecursionError:
         raise invalid(param, f"{param} is nested too deeply") from None
     return Grammar("json_schema", text, param)
+
+
+def closed(schema: Any, depth: int = 64) -> Any:
+    """The schema without undeclared keys: an object that lists its properties and says nothing of
+    others gets `additionalProperties: false`, or small models never come to its end. Objects that
+    are put together of several schemas stay open, since each of those would exclude the others; so
+    does what lies `depth` levels down."""
+    if not isinstance(schema, dict) or not _COMBINED.isdisjoint(schema) or not depth:
+        return schema
+    made = dict(schema)
+    if isinstance(made.get("properties"), dict):
+        made["properties"] = {
+            name: closed(value, depth - 1) for name, value in made["properties"].items()
+        }
+        made.setdefault("additionalProperties", False)
+    if "items" in made:
+        made["items"] = closed(made["items"], depth - 1)
+    return made
 
 
 def _choice(choice: list[str]) -> Grammar:

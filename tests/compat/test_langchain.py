@@ -15,10 +15,12 @@ from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
+TOO_SMALL = "the embedded model is too small"
+
 
 class TestQuire(ChatModelIntegrationTests):  # type: ignore[misc]
-    """What it leaves out, it leaves out for want of a modality (images, audio, PDF) or because the
-    embedded model is too small to choose a tool by itself."""
+    """What is skipped wants another modality (images, audio, PDF) or recorded traffic; what is
+    expected to fail wants a model that understands its prompt."""
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -44,6 +46,19 @@ class TestQuire(ChatModelIntegrationTests):  # type: ignore[misc]
     def model_override_value(self) -> str:
         return os.environ["QUIRE_MODEL"]
 
-    @pytest.mark.skip(reason="the embedded model does not choose tools by itself")
+    @pytest.mark.xfail(reason=f"{TOO_SMALL}: it calls the tool, but not with 3")
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_tool_calling(self, model: BaseChatModel) -> None:
+        super().test_tool_calling(model)
+
+    @pytest.mark.xfail(reason=f"{TOO_SMALL}: it calls the tool, but not with 3")
+    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
+        await super().test_tool_calling_async(model)
+
+    @pytest.mark.xfail(reason=f"{TOO_SMALL}: it calls the tool, but knows no Chinese")
+    def test_unicode_tool_call_integration(self, model: BaseChatModel) -> None:  # type: ignore[override]
+        super().test_unicode_tool_call_integration(model)
+
+    @pytest.mark.xfail(reason=f"{TOO_SMALL}: it does not choose tools by itself")
     def test_agent_loop(self, model: BaseChatModel) -> None:
-        """Needs a model that calls a tool unasked."""
+        super().test_agent_loop(model)

@@ -10,6 +10,7 @@ import pytest
 from engine.grammar import GrammarCompiler
 from models import embedded
 from scheduler.request import Grammar
+from server.structured import closed
 from tests.server.front import door, says
 
 SCHEMA = {"type": "object", "properties": {"ä": {"type": "integer"}}, "required": ["ä"]}
@@ -43,7 +44,7 @@ def grammar(**fields: Any) -> Grammar | None:
                 }
             },
             "json_schema",
-            json.dumps(SCHEMA, ensure_ascii=False, separators=(",", ":")),
+            json.dumps(closed(SCHEMA), ensure_ascii=False, separators=(",", ":")),
             "response_format.json_schema.schema",
         ),
         (
@@ -141,3 +142,26 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, word: str) 
 @pytest.mark.parametrize("depth", [100, 900])
 def test_a_deep_schema_is_no_error_of_the_server(depth: int) -> None:
     assert door(says("{}")).chat(structured_outputs={"json": deep(depth)}).status_code in (200, 400)
+
+
+def test_undeclared_keys_are_closed_out_where_nothing_is_said_of_them() -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
+    schema = {
+        "type": "object",
+        "properties": {"a": inner, "list": {"type": "array", "items": inner}},
+    }
+    shut = {**inner, "additionalProperties": False}
+    assert closed(schema) == {
+        "type": "object",
+        "properties": {"a": shut, "list": {"type": "array", "items": shut}},
+        "additionalProperties": False,
+    }
+    assert schema["properties"]["a"] == inner, "the client's own is left alone"
+    for kept in (
+        {**inner, "additionalProperties": True},
+        {**inner, "allOf": [inner]},
+        {"type": "object"},
+        {"$ref": "#/$defs/x", "properties": {}},
+        True,
+    ):
+        assert closed(kept) == kept
