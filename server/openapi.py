@@ -85,5 +85,5 @@ def document(app: FastAPI) -> dict[str, Any]:
                     "content": {"application/json": {"schema": schema}},
                 }
             if path in STREAMING:
-                answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                answers["200"]["content"]["text/event-stream"] = {}
     return found

@@ -88,7 +88,8 @@ async def _explain(
     service: Service, http: HttpRequest, asked: Asked, prompt: Prompt
 ) -> dict[str, Any]:
     """One prompt: what the model would see of it, and what would become of it."""
-    text = await asyncio.to_thread(service.text.decode, prompt.ids, skip_special=False)
+    known = [token for token in prompt.ids if 0 <= token < service.engine.info.vocab_size]
+    text = await asyncio.to_thread(service.text.decode, known, skip_special=False)
     told = {"prompt": text, "tokens": prompt.ids, "prompt_tokens": len(prompt.ids)}
     try:
         request = asked.request(service, http, prompt)

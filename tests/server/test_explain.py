@@ -68,3 +68,10 @@ def test_wrong_fields_are_errors(body: dict[str, Any], param: str) -> None:
 def test_strict() -> None:
     response = explain(door(says("x")), CHAT | {"store": True}, headers={"x-strict": "1"})
     check(response, 400, "unsupported_parameter", "store")
+
+
+def test_ids_that_no_vocabulary_has_are_refused_and_no_error_of_the_server() -> None:
+    front = door(says("hello"))
+    for token in (-5, 10**6, -(2**70)):
+        [told] = explain(front, {"prompt": [1, token]}).json()["prompts"]
+        assert told["verdict"] == "refuse" and str(token) in told["error"]["message"]
