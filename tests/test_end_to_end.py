@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.models import checkpoints
 from tests.server.strict import strict_client
@@ -407,3 +409,35 @@ def engine_processes(parent: int) -> list[int]:
             if int(fields[1]) == parent and b"spawn_main" in command:
                 found.append(int(status.parent.name))
     return found
+
+
+class Verdict(BaseModel):
+    """What a structured answer is parsed into."""
+
+    kind: Literal["block", "table"]
+    sure: bool
+
+
+def test_the_helpers_of_the_sdk(client: openai.OpenAI):
+    with client.chat.completions.stream(model=MODEL, messages=QUESTION, temperature=0) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion().choices[0]
+    assert "".join(pieces) == final.message.content and final.finish_reason == "stop"
+
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=QUESTION, temperature=0, extra_headers={"x-request-id": "mine"}
+    )
+    assert raw.headers["x-request-id"] == "mine" and "server-timing" in raw.headers
+    assert raw.parse().choices[0].message.content == final.message.content
+
+    parsed = client.chat.completions.parse(model=MODEL, messages=QUESTION, response_format=Verdict)
+    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+
+
+async def test_the_async_sdk(server: Server):
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        options = {"model": MODEL, "messages": QUESTION, "temperature": 0}
+        whole = await client.chat.completions.create(**options)
+        stream = await client.chat.completions.create(**options, stream=True)
+        pieces = [c.choices[0].delta.content or "" async for c in stream if c.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
