@@ -300,7 +300,12 @@ async def test_clients_that_hang_up_leave_no_block_in_use(server: Server):
         ({"messages": QUESTION, "temperature": "hot"}, 400, "temperature", "invalid_value"),
         ({"messages": QUESTION, "temperature": 3}, 400, "temperature", "invalid_value"),
         ({"messages": QUESTION, "model": "other"}, 404, "model", "model_not_found"),
-        ({"messages": QUESTION, "functions": []}, 400, "functions", "unsupported_parameter"),
+        (
+            {"messages": QUESTION, "functions": [{"name": "f"}]},
+            400,
+            "functions",
+            "unsupported_parameter",
+        ),
         (
             {"messages": [{"role": "user", "content": "word " * 9000}]},
             400,
