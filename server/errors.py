@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from scheduler.request import InvalidRequest
 
 if TYPE_CHECKING:  # half a second, which a server that is starting does not have
     from fastapi import FastAPI
+
+logger = logging.getLogger("quire.server")
 
 RETRY_AFTER_SECONDS = 5
 
@@ -119,6 +122,14 @@ def from_exception(error: Exception) -> ApiError:
             return _from_http(error)
         case _:
             return ApiError(500, "the server hit an unexpected error", code="internal_error")
+
+
+def told_in_stream(error: Exception) -> ApiError:
+    """`from_exception` for a stream that has begun; logs what was unforeseen: nobody above does."""
+    told = from_exception(error)
+    if told.code == "internal_error":
+        logger.error("unexpected error in mid-stream", exc_info=error)
+    return told
 
 
 def _from_http(error: HTTPException) -> ApiError:

@@ -14,7 +14,6 @@ An answer that is not streamed is what the same events leave in `output`.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -22,13 +21,11 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from server.errors import ApiError, from_exception
+from server.errors import ApiError, told_in_stream
 from server.generate import Generation, Piece, Usage
 from server.queue_positions import QueuePositions
 from server.sse import comment
 from server.tools import CallDelta
-
-logger = logging.getLogger("quire.server")
 
 Event = dict[str, Any]
 Kind = Literal["message", "reasoning", "function_call"]
@@ -242,9 +239,7 @@ async def response_events(
     except Exception as error:
         if not started:
             raise
-        told = from_exception(error)
-        if told.code == "internal_error":
-            logger.error("unexpected error in mid-stream", exc_info=error)
+        told = told_in_stream(error)
         opening = [] if opened else writer.opening()
         yield encoder.encode(opening + writer.failure(told))
         return

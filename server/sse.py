@@ -9,7 +9,6 @@ chunks of a response and are encoded once. The contract's fields stand in this o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import from_exception
+from server.errors import told_in_stream
 from server.generate import Generation, Piece, Usage
 from server.logprobs import Detail, Wording
 from server.queue_positions import QueuePositions
 from server.receipt import RequestReceipt
 from server.tools import CallDelta
-
-logger = logging.getLogger("quire.server")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
@@ -221,9 +218,7 @@ async def events(
     except Exception as error:
         if not started:
             raise
-        told = from_exception(error)
-        if told.code == "internal_error":
-            logger.error("unexpected error in mid-stream", exc_info=error)
+        told = told_in_stream(error)
         yield b"data: " + told.body() + b"\n\n" + DONE
         return
     end = chunks.usage(generation.usage, generation.receipt) if options.at_end else b""
