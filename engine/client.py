@@ -47,6 +47,9 @@ from engine.protocol import (
 )
 from scheduler.request import Grammar, InvalidRequest, Request
 
+Entry = Callable[[Settings, Connection, Connection], None]
+"""The entry point of an engine process: settings, inbox, outbox."""
+
 STOP_TIMEOUT = 10.0  # seconds an engine gets to leave by itself before it is killed
 
 
@@ -377,9 +380,12 @@ class ProcessEngine(_StreamingClient):
 
     Writing has a thread of its own because a pipe holds 64 KiB: a long prompt would otherwise
     block every stream until the engine ends its step and reads it.
+
+    Args:
+        entry: what runs in the process: the real engine, unless a benchmark wants another.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, entry: Entry | None = None) -> None:
         super().__init__()
         # Spawned, not forked: a child must not inherit threads, sockets or CUDA state.
         context = multiprocessing.get_context("spawn")
@@ -388,7 +394,7 @@ class ProcessEngine(_StreamingClient):
         from engine.process import main
 
         self._process = context.Process(
-            target=main, args=(settings, inbox, outbox), name="quire-engine", daemon=True
+            target=entry or main, args=(settings, inbox, outbox), name="quire-engine", daemon=True
         )
         self._process.start()
         # The child has its own ends; with ours closed, its death reads as the end of the pipe.
