@@ -15,7 +15,7 @@ from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics, Slo
 from server.metrics.http_meter import HttpMeter
-from server.metrics.scrape import Scrape
+from server.metrics.scrape import PATH, Scrape, ShortCut
 from server.queue_bound import QueueBound, QueueLimits
 from server.reading import ParserNames
 from server.routes import (
@@ -92,9 +92,14 @@ def create_app(
         spans,
         parsers,
     )
-    app = FastAPI(title="Quire", version=__version__)
-    # First, since it is asked for most often; no FastAPI around it.
-    app.router.routes.append(Route("/metrics", Scrape(metrics.render), methods=["GET"]))
+    # Spans are `server.spans`': FastAPI's own would look for a provider at every request.
+    app = FastAPI(
+        title="Quire",
+        version=__version__,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    scrape = Scrape(metrics.render)
+    app.router.routes.append(Route(PATH, scrape, methods=["GET"]))
     answering = (chat, completions, responses)
     for module in (*answering, debug, explain, page, requests, status, steps, tokens):
         app.include_router(module.router(service))
@@ -104,7 +109,8 @@ def create_app(
     app.add_middleware(HangUp)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
-    open_paths = OPEN_PATHS | {"/metrics"} if metrics_without_key else OPEN_PATHS
+    app.add_middleware(ShortCut, scrape=scrape)
+    open_paths = OPEN_PATHS | {PATH} if metrics_without_key else OPEN_PATHS
     app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
     templates = [route.path for route in app.routes if isinstance(route, Route)]
     app.add_middleware(HttpMeter, metrics=metrics, templates=templates)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import time
-import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from configs.logs import ACCESS, REQUEST_ID
@@ -33,7 +33,7 @@ LINGER_SECONDS = 5.0
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 HUNG_UP = 499  # as proxies log a client that did not wait for its answer
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestId:
@@ -46,15 +46,17 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        known = _REQUEST_ID.fullmatch(given)
+        request_id = given.decode() if known else f"req-{os.urandom(16).hex()}"
         state = scope.setdefault("state", {})
         state["request_id"], state["arrival"] = request_id, time.monotonic()
         REQUEST_ID.set(request_id)
 
         async def named_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                named = (b"x-request-id", request_id.encode())
+                message = {**message, "headers": [*message.get("headers", ()), named]}
             await send(message)
 
         await self._app(scope, receive, named_send)
@@ -115,9 +117,11 @@ class KeyGuard:
         await error.response()(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:
+        if not self._keys:
+            return ""
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         owner = self._keys.tenant(key.strip().encode("latin-1", "replace"))
-        return owner if scheme.lower() == "bearer" or not self._keys else None
+        return owner if scheme.lower() == "bearer" else None
 
 
 class Gate:

@@ -1,7 +1,8 @@
 """Counters, gauges and histograms, and Prometheus's text format of them.
 
 Gateways scrape many times a second, and a histogram takes an observation per token: both have to be
-cheap. So everything of a line but its number is made once, and one call observes many equal values.
+cheap. So everything of a line but its number is made once, one call observes many equal values, and
+a histogram without new ones is not rendered again.
 Values are written on the event loop's thread alone and may be rendered on any other.
 """
 
@@ -41,7 +42,7 @@ class Histogram:
         edges: ascending upper bounds; infinity follows the last one.
     """
 
-    __slots__ = ("_counts", "_edges", "_ending", "_starts", "total")
+    __slots__ = ("_counts", "_edges", "_ending", "_rendered", "_starts", "total")
 
     def __init__(self, name: str, labels: Mapping[str, str], edges: Sequence[float]) -> None:
         self._edges = [float(edge) for edge in edges]
@@ -50,6 +51,7 @@ class Histogram:
         bounds = [*map(repr, self._edges), "+Inf"]
         self._starts = [_start(f"{name}_bucket", {**labels, "le": bound}) for bound in bounds]
         self._ending = (_start(f"{name}_count", labels), _start(f"{name}_sum", labels))
+        self._rendered: tuple[list[int], float, str] = ([], 0.0, "")  # what the text was made of
 
     @property
     def count(self) -> int:
@@ -62,10 +64,17 @@ class Histogram:
         self.total += value * times
 
     def lines(self, snapshot: object) -> str:
-        counts = list(accumulate(self._counts[:]))
+        counts, total = self._counts[:], self.total
+        seen, seen_total, text = self._rendered
+        if counts != seen or total != seen_total:
+            text = self._text(list(accumulate(counts)), total)
+            self._rendered = counts, total, text
+        return text
+
+    def _text(self, counts: list[int], total: float) -> str:
         buckets = [f"{start}{n}.0\n" for start, n in zip(self._starts, counts, strict=True)]
-        count, total = self._ending
-        return f"{''.join(buckets)}{count}{counts[-1]}.0\n{total}{self.total}\n"
+        count_start, sum_start = self._ending
+        return f"{''.join(buckets)}{count_start}{counts[-1]}.0\n{sum_start}{total}\n"
 
 
 class Reading(Generic[S]):

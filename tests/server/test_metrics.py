@@ -8,17 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Receive, Scope, Send
 
 from engine.protocol import EngineStats, Progress, Receipt, Refusal, StepOutput, StepReport
 from engine.protocol import TokenDelta as Delta
 from scheduler.request import InvalidRequest, Request, SamplingParams
 from server.errors import ApiError, unsupported
 from server.metrics import Metrics, Slo, scrape
+from server.metrics.exposition import CONTENT_TYPE, Histogram
 from server.metrics.failures import failure, rejection
 from server.metrics.loop_lag import LoopLag
-from server.metrics.scrape import Scrape
+from server.metrics.process import ProcessMetrics
+from server.metrics.scrape import Scrape, ShortCut
 from server.startup_times import StartupTimes
 from tests.server.fake_engine import INFO, FakeEngine
 from tests.server.front import CHAT, Door, door, says
@@ -401,6 +405,62 @@ def test_scrapes_share_a_text_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
         assert await shared.text() == b"2"
 
     asyncio.run(ask())
+
+
+def test_what_proc_says_is_read_once_a_second() -> None:
+    now = 5.0
+    process = ProcessMetrics(lambda: now)
+    first = process.render()
+    assert b"process_cpu_seconds_total" in first
+    now = 5.9
+    assert process.render() is first
+    now = 6.0
+    assert process.render() is not first
+
+
+def test_a_histogram_s_text_is_made_again_where_something_was_observed() -> None:
+    histogram = Histogram("seconds", {}, [1.0])
+    first = histogram.lines(None)
+    assert "seconds_count 0.0" in first
+    assert histogram.lines(None) is first
+    histogram.observe(0.0)  # which leaves the sum as it was
+    assert "seconds_count 1.0" in histogram.lines(None)
+    histogram.observe(2.0)
+    assert "seconds_sum 2.0" in histogram.lines(None)
+
+
+def test_a_scrape_waits_for_no_layer_of_the_application() -> None:
+    front = door(says("x"))
+    passed: list[str] = []
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        passed.append(scope["method"])
+
+    shared = Scrape(lambda: b"text")
+    short = ShortCut(inner, shared)
+    transport = httpx.ASGITransport(app=short)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(ask())
+    assert (answer.text, answer.headers["content-length"], passed) == ("text", "4", [])
+    refused = front.call("POST", "/metrics")
+    assert (refused.status_code, sorted(refused.headers["allow"].split(", "))) == (
+        405,
+        ["GET", "HEAD"],
+    )
+
+
+def test_a_scrape_is_a_request_like_others() -> None:
+    """It has an id and is counted, though it takes a short cut."""
+    front = door(says("x"))
+    answer = front.get("/metrics", headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    labels = {"handler": "/metrics", "method": "GET", "status": "2xx"}
+    assert value(front.get("/metrics").text, "http_requests_total", **labels) == 1
 
 
 def test_the_event_loop_s_lag_is_seen() -> None:
