@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.make_checkpoint import LLAMA_56M
+from benchmarks.shapes import LLAMA_56M
 from kernels import dispatch
 from models import loader, registry
 from models.context import ForwardContext, GroupTables

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.make_checkpoint import LLAMA_56M
+from benchmarks.shapes import LLAMA_56M
 from engine.planner import SHAPES
 from kernels import reference
 from kernels.dispatch import Backend, backend

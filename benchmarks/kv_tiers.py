@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.local_server import make_checkpoint
 from benchmarks.prefix_cache import VOCAB, show
-from benchmarks.serve import make_checkpoint
 from configs.settings import Settings
 from engine.build import build
 from engine.loop import EngineLoop

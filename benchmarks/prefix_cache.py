@@ -2,7 +2,7 @@
 
 Two engines in this process, alike but for `enable_prefix_caching`, serve the same requests in turn
 within each round, so that a busy machine slows both alike. The model is the random Llama of
-`benchmarks.serve`; prompts are random ids, drawn anew for every round, so that only what is meant
+`quire bench`; prompts are random ids, drawn anew for every round, so that only what is meant
 to be shared is found. TTFT is what the engine takes, without HTTP.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import schedule
-from benchmarks.serve import make_checkpoint
+from benchmarks.local_server import make_checkpoint
 from configs.settings import Settings
 from engine.build import build
 from engine.loop import EngineLoop

@@ -1,8 +1,8 @@
 """Measures a server over HTTP: `quire bench`, `make bench`, `python -m benchmarks.serve`.
 
-Without `--url` it makes a random Llama of 56 million parameters and serves it from a process of
-its own, as an operator would. Prompts are random token ids, drawn anew for every request, so that
-nothing is shared between them; answers are greedy and of one fixed length.
+Without `--url` it makes a random model and serves it from a process of its own, as an operator
+would. docs/benchmarks.md tells what each figure means. Other programs call `load.measure` and
+`report.summarize`.
 """
 
 from __future__ import annotations
@@ -10,293 +10,280 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
-import random
-import socket
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from benchmarks.sse import Answer, BenchError, Client, Connection
+from benchmarks.dialect import Dialect, first_model, measured_words
+from benchmarks.load import ClosedLoop, Loop, OpenLoop, Round, measure
+from benchmarks.local_server import SHAPE, make_checkpoint, server
+from benchmarks.report import Limits, Result, notes, summarize, table, to_json, turn_table
+from benchmarks.shapes import SHAPES
+from benchmarks.sse import BenchError, Client
+from benchmarks.workload import Chats, Independent, Lengths, Workload
 
-SHAPE: Final = "llama-56m"
-FOLDER: Final = Path(__file__).parents[1] / ".cache" / "bench"
-START_SECONDS: Final = 600.0  # the first start compiles kernels
-WARM_UP_TOKENS: Final = 8
-
-
-@dataclass(frozen=True)
-class Load:
-    """What each client asks for.
-
-    Attributes:
-        prompt_tokens: length of each prompt.
-        output_tokens: length of each answer, exactly.
-        vocab_size: prompts draw ids below it.
-        requests: answers per client and round, one after another.
-    """
-
-    model: str
-    prompt_tokens: int
-    output_tokens: int
-    vocab_size: int
-    requests: int
+Measured = list[tuple[Loop, list[Round]]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """One concurrency. Rates are tokens/s; times are milliseconds over all rounds."""
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the usage in front."""
 
-    clients: int
-    requests: int
-    output_tokens_per_s: float  # the median round
-    output_tokens_per_s_min: float
-    output_tokens_per_s_max: float
-    ttft_ms_p50: float
-    ttft_ms_p99: float
-    tpot_ms_p50: float
-    tpot_ms_p99: float
-    client_cpu: float  # cores that this process used
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-@dataclass(frozen=True)
-class Round:
-    answers: list[Answer]
-    seconds: float
-    cpu_seconds: float
-
-    @property
-    def rate(self) -> float:
-        return sum(answer.completion_tokens for answer in self.answers) / self.seconds
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank: the smallest value that at least `share` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
-
-
-def summarize(clients: int, rounds: Sequence[Round]) -> Result:
-    """Rates by round, times over all answers."""
-    answers = [answer for one in rounds for answer in one.answers]
-    ttft = [answer.ttft * 1000 for answer in answers]
-    tpot = [answer.tpot * 1000 for answer in answers]
-    rates = [one.rate for one in rounds]
-    return Result(
-        clients=clients,
-        requests=len(answers),
-        output_tokens_per_s=statistics.median(rates),
-        output_tokens_per_s_min=min(rates),
-        output_tokens_per_s_max=max(rates),
-        ttft_ms_p50=percentile(ttft, 0.50),
-        ttft_ms_p99=percentile(ttft, 0.99),
-        tpot_ms_p50=percentile(tpot, 0.50),
-        tpot_ms_p99=percentile(tpot, 0.99),
-        client_cpu=sum(one.cpu_seconds for one in rounds) / sum(one.seconds for one in rounds),
-    )
-
-
-def _body(load: Load, output_tokens: int, draw: random.Random) -> dict[str, Any]:
-    return {
-        "model": load.model,
-        "prompt": [draw.randrange(load.vocab_size) for _ in range(load.prompt_tokens)],
-        "max_tokens": output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-async def run_round(client: Client, load: Load, clients: int, draw: random.Random) -> Round:
-    """All clients start at once, and each sends its next request when the last is answered.
-
-    Raises:
-        BenchError: the server refused, or an answer has another length than asked for.
-    """
-    bodies = [
-        [_body(load, load.output_tokens, draw) for _ in range(load.requests)]
-        for _ in range(clients)
-    ]
-    connections = [await client.connect() for _ in range(clients)]
-
-    async def work(connection: Connection, mine: list[dict[str, Any]]) -> list[Answer]:
-        return [await client.complete(connection, body) for body in mine]
-
-    began, cpu = time.perf_counter(), time.process_time()
-    try:
-        finished = await asyncio.gather(*map(work, connections, bodies))
-    finally:
-        for connection in connections:
-            connection.close()
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    answers = [answer for mine in finished for answer in mine]
-    for answer in answers:
-        if answer.completion_tokens != load.output_tokens:
-            raise BenchError(
-                f"asked for {load.output_tokens} tokens, got {answer.completion_tokens}"
-            )
-    return Round(answers, seconds, cpu)
-
-
-async def _first_model(client: Client) -> str:
-    status, body = await client.get("/v1/models")
-    if status != 200:
-        raise BenchError(f"/v1/models answered {status}")
-    return str(json.loads(body)["data"][0]["id"])
-
-
-async def measure(
-    client: Client, arguments: argparse.Namespace, seed: int | None = None
-) -> list[Result]:
-    """Every concurrency in turn: one short round that is not counted, then the rounds."""
-    draw = random.Random(seed)
-    model = arguments.model or await _first_model(client)
-    results = []
-    total = len(arguments.clients) * (arguments.rounds + 1)
-    with tqdm(total=total, unit="round", disable=not sys.stderr.isatty()) as bar:
-        for clients in arguments.clients:
-            requests = arguments.requests or max(2, 4 // clients)
-            load = Load(model, arguments.input, arguments.output, arguments.vocab_size, requests)
-            warm_up = Load(model, arguments.input, WARM_UP_TOKENS, arguments.vocab_size, 1)
-            bar.set_description(f"{clients} clients")
-            await run_round(client, warm_up, clients, draw)
-            bar.update()
-            rounds = []
-            for _ in range(arguments.rounds):
-                rounds.append(await run_round(client, load, clients, draw))
-                bar.update()
-            results.append(summarize(clients, rounds))
-    return results
-
-
-def table(results: Sequence[Result]) -> str:
-    """For people, and for a README as it stands."""
-    rows = [
-        "| clients | output tokens/s (min to max) | TTFT p50 / p99 ms | TPOT p50 / p99 ms "
-        "| client CPU |",
-        "|--:|--:|--:|--:|--:|",
-    ]
-    rows.extend(
-        f"| {one.clients} "
-        f"| {one.output_tokens_per_s:,.1f} "
-        f"({one.output_tokens_per_s_min:,.1f} to {one.output_tokens_per_s_max:,.1f}) "
-        f"| {one.ttft_ms_p50:,.1f} / {one.ttft_ms_p99:,.1f} "
-        f"| {one.tpot_ms_p50:,.2f} / {one.tpot_ms_p99:,.2f} "
-        f"| {one.client_cpu:.0%} |"
-        for one in results
-    )
-    return "\n".join(rows)
-
-
-def make_checkpoint() -> Path:
-    """The folder of the random model, made once."""
-    folder = FOLDER / SHAPE
-    if not (folder / "config.json").is_file():
-        print(f"making {folder.name}", file=sys.stderr)
-        command = [sys.executable, "-m", "benchmarks.make_checkpoint", "--shape", SHAPE]
-        subprocess.run([*command, str(folder)], check=True, cwd=Path(__file__).parents[1])
-    return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def server(model: Path, flags: Sequence[str]) -> Iterator[str]:
-    """`quire serve` in a process of its own, ready; its URL."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    port, log = free_port(), FOLDER / "server.log"
-    command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), *flags]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=Path(__file__).parents[1]
-        )
-    try:
-        asyncio.run(_until_healthy(Client("127.0.0.1", port), process, log))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def _until_healthy(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise BenchError(f"the server ended:\n{log.read_text()[-2000:]}")
-        with contextlib.suppress(BenchError):
-            if (await client.get("/health"))[0] == 200:
-                return
-        await asyncio.sleep(0.2)
-    raise BenchError(f"the server was not ready in {START_SECONDS:.0f} s; its log is {log}")
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="quire bench",
-        description="Measure a server over HTTP: output tokens/s, TTFT, TPOT.",
+        description="Measure a server over HTTP: output tokens/s, TTFT, TPOT, ITL, goodput.",
         epilog="Flags behind -- go to the server that is started, as in: quire bench -- --dtype "
         "float32",
         allow_abbrev=False,
     )
-    parser.add_argument("--url", help="drive this OpenAI-style server; without, one is started")
-    parser.add_argument("--model", help="default: the first that the server names")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--input", type=int, default=64, help="tokens per prompt (default 64)")
-    parser.add_argument("--output", type=int, default=64, help="tokens per answer (default 64)")
-    parser.add_argument("--requests", type=int, help="per client and round (default 2; 4 for one)")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default 3)")
-    parser.add_argument(
-        "--vocab-size", type=int, default=1000, help="prompts draw ids below this (default 1000)"
+    target = parser.add_argument_group("the server")
+    target.add_argument("--url", help="drive this OpenAI-style server; without, one is started")
+    target.add_argument(
+        "--shape", choices=SHAPES, help=f"random model of the one started (default {SHAPE})"
     )
-    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
-    own, server_flags = list(argv), []
+    target.add_argument("--model", help="default: the first that the server names")
+    target.add_argument("--api", choices=("completions", "chat"), default="completions")
+    target.add_argument(
+        "--prompt-kind",
+        choices=("ids", "text"),
+        help="prompts as token ids or as text (default: ids; text with --api chat)",
+    )
+    target.add_argument("--vocab-size", type=_positive, default=1000, help="ids are below this")
+    target.add_argument(
+        "--key-env",
+        metavar="NAME",
+        default="QUIRE_API_KEY",
+        help="variable that holds the API key (default QUIRE_API_KEY)",
+    )
+    target.add_argument(
+        "--extra-body",
+        metavar="JSON",
+        type=_object,
+        default={},
+        help="more fields for every request; null takes one away",
+    )
+    target.add_argument(
+        "--no-ignore-eos",
+        action="store_true",
+        help="do not send ignore_eos, and take answers of any length",
+    )
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--workload", choices=("random", "chat"), default="random")
+    asked.add_argument(
+        "--input",
+        type=_lengths,
+        default=Lengths(64, 64),
+        metavar="TOKENS",
+        help="of a prompt, or of a turn's question; 64 or drawn from 32:256 (default 64)",
+    )
+    asked.add_argument(
+        "--output",
+        type=_lengths,
+        default=Lengths(64, 64),
+        metavar="TOKENS",
+        help="of an answer; 64 or drawn from 32:256 (default 64)",
+    )
+    asked.add_argument("--turns", type=_positive, default=4, help="of a chat (default 4)")
+    asked.add_argument(
+        "--system",
+        type=_positive,
+        default=600,
+        metavar="TOKENS",
+        help="of the system prompt that chats share (default 600)",
+    )
+    load = parser.add_argument_group("how much at once")
+    load.add_argument(
+        "--clients",
+        type=_positive,
+        nargs="+",
+        help="closed loop: so many at once (default 1 16 64; 16 chats)",
+    )
+    load.add_argument(
+        "--rate",
+        type=_above_zero,
+        nargs="+",
+        help="open loop: requests (or chats) that arrive per second, at random",
+    )
+    load.add_argument("--max-concurrency", type=_positive, help="at most so many of them at a time")
+    load.add_argument(
+        "--requests",
+        type=_positive,
+        help="requests (or chats) per client and round (default 2; 4 for one client; 1 chat); with "
+        "--rate: arrivals per round (default 100)",
+    )
+    load.add_argument("--rounds", type=_positive, default=3, help="counted rounds (default 3)")
+    load.add_argument(
+        "--seed", type=int, default=0, help="of lengths and arrival times (default 0)"
+    )
+    told = parser.add_argument_group("what is told")
+    told.add_argument("--slo-ttft", type=_above_zero, metavar="MS", help="goodput: most TTFT")
+    told.add_argument("--slo-tpot", type=_above_zero, metavar="MS", help="goodput: most TPOT")
+    told.add_argument("--json", action="store_true", help="JSON in place of the tables")
+    told.add_argument("--plot", type=Path, metavar="FILE", help="draw TTFT and ITL (matplotlib)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+
+
+def _lengths(text: str) -> Lengths:
+    try:
+        return Lengths.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like 64 or 32:256, got {text}") from None
+
+
+def _object(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What was asked for, and as `server_flags` what stands behind --."""
+    parser, own, flags = _parser(), list(argv), list[str]()
     if "--" in own:
         cut = own.index("--")
-        own, server_flags = own[:cut], own[cut + 1 :]
-    parsed = parser.parse_args(own)
-    if parsed.url and server_flags:
-        parser.error("flags behind -- are for a server that is started here, not for --url")
-    parsed.server_flags = server_flags
-    return parsed
+        own, flags = own[:cut], own[cut + 1 :]
+    asked = parser.parse_args(own)
+    if asked.url and (flags or asked.shape):
+        parser.error("--shape and flags behind -- are for a server started here, not for --url")
+    if asked.rate and asked.clients:
+        parser.error("--rate is an open loop and --clients a closed one: give one of them")
+    if asked.max_concurrency and not asked.rate:
+        parser.error("--max-concurrency goes with --rate; without it --clients says how many")
+    if asked.api == "chat" and asked.prompt_kind == "ids":
+        parser.error("--api chat takes --prompt-kind text only")
+    if asked.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    try:
+        Client(asked.url or "http://localhost")
+    except ValueError as error:
+        parser.error(f"--url {error}")
+    asked.prompt_kind = asked.prompt_kind or ("text" if asked.api == "chat" else "ids")
+    asked.server_flags = flags
+    return asked
+
+
+def loops(asked: argparse.Namespace) -> list[Loop]:
+    """The loads to measure, one after the other."""
+    if asked.rate:
+        arrivals = asked.requests or 100
+        return [OpenLoop(rate, arrivals, asked.max_concurrency) for rate in asked.rate]
+    chat = asked.workload == "chat"
+    clients: list[int] = asked.clients or ([16] if chat else [1, 16, 64])
+    return [
+        ClosedLoop(count, asked.requests or (1 if chat else max(2, 4 // count)))
+        for count in clients
+    ]
+
+
+async def workload(client: Client, asked: argparse.Namespace) -> Workload:
+    """What is asked, in words that this server takes."""
+    dialect = Dialect(
+        model=asked.model or await first_model(client),
+        api=asked.api,
+        prompt_kind=asked.prompt_kind,
+        vocab_size=asked.vocab_size,
+        ignore_eos=not asked.no_ignore_eos,
+        extra=asked.extra_body,
+    )
+    if dialect.prompt_kind == "text":
+        dialect = replace(dialect, words=await measured_words(client, dialect))
+    if asked.workload == "chat":
+        return Chats(dialect, asked.input, asked.output, asked.turns, asked.system)
+    return Independent(dialect, asked.input, asked.output)
+
+
+async def run(client: Client, asked: argparse.Namespace) -> tuple[Workload, Measured]:
+    """Every load in turn, with a progress bar where somebody looks."""
+    todo, work = loops(asked), await workload(client, asked)
+    total = sum(loop.scripts for loop in todo) * work.turns * asked.rounds
+    measured: Measured = []
+    with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
+        for loop in todo:
+            bar.set_description(loop.name)
+            rounds = await measure(
+                client, work, loop, rounds=asked.rounds, seed=asked.seed, on_answer=bar.update
+            )
+            measured.append((loop, rounds))
+    return work, measured
+
+
+def show(asked: argparse.Namespace, work: Workload, results: Sequence[Result]) -> str:
+    """Tables, and what stands around them."""
+    what = f"{asked.input} tokens in, {asked.output} out"
+    if asked.workload == "chat":
+        what = f"chats of {asked.turns} turns of {what}, after a system prompt of {asked.system}"
+    dialect = work.dialect
+    fields = ", ".join(dialect.request(dialect.asked(""), 1).body)
+    head = f"{what}, {os.cpu_count()} cores\n{dialect.path} with {fields}"
+    parts = [head, table(results), turn_table(results), "\n".join(notes(results))]
+    return "\n\n".join(filter(None, parts))
+
+
+def settings(asked: argparse.Namespace, work: Workload) -> dict[str, Any]:
+    """What a result in JSON says about how it was measured."""
+    told = {
+        "url": asked.url,
+        "model": work.dialect.model,
+        "fields": list(work.dialect.request(work.dialect.asked(""), 1).body),
+        "input": str(asked.input),
+        "output": str(asked.output),
+    }
+    names = ("shape", "api", "prompt_kind", "workload", "turns", "system", "requests", "seed")
+    return told | {name: getattr(asked, name) for name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    asked = _arguments(sys.argv[1:] if argv is None else argv)
+    key = os.environ.get(asked.key_env, "").partition(",")[0].strip() or None
+    limits = Limits(asked.slo_ttft, asked.slo_tpot) if asked.slo_ttft or asked.slo_tpot else None
     try:
         with contextlib.ExitStack() as stack:
-            url = arguments.url or stack.enter_context(
-                server(make_checkpoint(), arguments.server_flags)
+            url = asked.url or stack.enter_context(
+                server(make_checkpoint(asked.shape or SHAPE), asked.server_flags)
             )
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname:
-                raise BenchError(f"--url must be like http://127.0.0.1:8000, got {url}")
-            key = os.environ.get("QUIRE_API_KEY")
-            client = Client(parts.hostname, parts.port or 80, key)
-            results = asyncio.run(measure(client, arguments))
+            work, measured = asyncio.run(run(Client(url, key), asked))
+        results = [summarize(loop, rounds, limits) for loop, rounds in measured]
     except (BenchError, subprocess.CalledProcessError) as error:
         print(f"quire bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if arguments.json:
-        print(json.dumps([asdict(one) for one in results], indent=2))
+    if asked.plot:
+        from benchmarks import plot
+
+        plot.draw(measured, asked.plot)
+    if asked.json:
+        about = settings(asked, work)
+        print(json.dumps([to_json(one) | {"settings": about} for one in results], indent=2))
     else:
-        print(f"{arguments.input} tokens in, {arguments.output} out, {os.cpu_count()} cores\n")
-        print(table(results))
+        print(show(asked, work, results))
     return 0
 
 

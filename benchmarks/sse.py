@@ -1,9 +1,9 @@
 """A streaming HTTP client that costs almost nothing.
 
 The client of a benchmark runs on the cores that the server needs, so what it spends is taken from
-what it measures. httpx and a JSON parse cost 0.19 ms of CPU per streamed event, which at 64 clients
-is 12 ms of every step; this client, which looks for line ends in raw bytes and parses one event per
-answer, costs 0.02 ms (both at 32 answers at once).
+what it measures. While a server is measured, this client does no more than note when bytes came:
+`benchmarks.answers` reads the events out of them when the round is over. `python -m
+benchmarks.client_cost` prints what an event costs.
 """
 
 from __future__ import annotations
@@ -13,96 +13,111 @@ import json
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 
 class BenchError(RuntimeError):
     """A server that cannot be measured: unreachable, refusing, or answering too little."""
 
 
+class Refused(BenchError):
+    """A server that has no room at the moment: status 429 or 503."""
+
+
 @dataclass(frozen=True)
-class Answer:
-    """One streamed answer. Times are seconds on `time.perf_counter`."""
+class Reply:
+    """What came back, byte for byte. Times are seconds on `time.perf_counter`.
+
+    Attributes:
+        sent: when the request was written.
+        body: without the framing of chunks.
+        ends, times: body[:ends[i]] was there at times[i]; one entry for each read that brought any.
+    """
 
     sent: float
-    first: float  # the first event that carries a choice
-    last: float  # the last one that does
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def ttft(self) -> float:
-        return self.first - self.sent
-
-    @property
-    def tpot(self) -> float:
-        """Seconds per token after the first."""
-        return (self.last - self.first) / max(1, self.completion_tokens - 1)
+    status: int
+    body: bytes
+    ends: list[int]
+    times: list[float]
 
 
 class Connection(asyncio.Protocol):
-    """One kept-alive HTTP/1.1 connection with one request on it at a time."""
+    """One HTTP/1.1 connection with one request on it at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[None] | None = None
+        self.reusable = True
         self._clear()
 
     def _clear(self) -> None:
         self._bytes = bytearray()  # not yet understood
         self._status = 0  # 0 until the head is read
         self._chunked = False
-        self._length = 0
-        self._body = bytearray()  # of an event that is not complete, or of a plain answer
-        self._stream = False
-        self.first = self.last = 0.0
-        self.usage: dict[str, Any] | None = None
-        self.failure: str | None = None
+        self._length: int | None = None  # None: the body ends when the connection does
+        self._body = bytearray()
+        self._ends: list[int] = []
+        self._times: list[float] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._done is not None and not self._done.done():
+        self.reusable = False
+        if self._done is None or self._done.done():
+            return
+        if exc is None and self._status and not self._chunked and self._length is None:
+            self._done.set_result(None)
+        else:
             self._done.set_exception(BenchError(f"the server closed the connection ({exc})"))
 
-    async def request(self, head: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Sends one request and waits for the end of its answer; the status and a plain body."""
+    async def request(self, head: str, body: bytes = b"") -> Reply:
+        """Sends one request and waits for the end of its answer."""
         assert self._transport is not None
         self._clear()
         self._done = asyncio.get_running_loop().create_future()
+        sent = time.perf_counter()
         self._transport.write(head.encode() + b"\r\n\r\n" + body)
         await self._done
-        return self._status, bytes(self._body)
+        return Reply(sent, self._status, bytes(self._body), self._ends, self._times)
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
 
     def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
         self._bytes += data
         if not self._status and not self._read_head():
             return
-        if not self._chunked:
+        before = len(self._body)
+        if self._chunked:
+            ended = self._read_chunks()
+        else:
             self._body += self._bytes
             self._bytes.clear()
-            self._finish_if(len(self._body) >= self._length)
-            return
-        ended = self._read_chunks()
-        if self._stream:
-            self._read_events(time.perf_counter())
-        self._finish_if(ended)
+            ended = len(self._body) == self._length
+        if len(self._body) > before:
+            self._ends.append(len(self._body))
+            self._times.append(now)
+        if ended and self._done is not None and not self._done.done():
+            self._done.set_result(None)
 
     def _read_head(self) -> bool:
         end = self._bytes.find(b"\r\n\r\n")
         if end < 0:
             return False
         lines = bytes(self._bytes[:end]).lower().split(b"\r\n")
-        headers = dict(line.split(b":", 1) for line in lines[1:])
-        self._status = int(lines[0].split()[1])
-        self._chunked = headers.get(b"transfer-encoding", b"").strip() == b"chunked"
-        self._length = int(headers.get(b"content-length", b"0"))
-        self._stream = headers.get(b"content-type", b"").strip().startswith(b"text/event-stream")
+        version, status = lines[0].split()[:2]
+        fields = dict(line.split(b":", 1) for line in lines[1:])
+        headers = {name: value.strip() for name, value in fields.items()}
+        self._status = int(status)
+        self._chunked = headers.get(b"transfer-encoding") == b"chunked"
+        if b"content-length" in headers:
+            self._length = int(headers[b"content-length"])
+        kept = headers.get(b"connection", b"close" if version == b"http/1.0" else b"keep-alive")
+        self.reusable = kept == b"keep-alive" and (self._chunked or self._length is not None)
         del self._bytes[: end + 4]
         return True
 
@@ -110,7 +125,7 @@ class Connection(asyncio.Protocol):
         """Moves whole chunks to the body; whether the last one was seen."""
         buffer, start = self._bytes, 0
         while (end := buffer.find(b"\r\n", start)) >= 0:
-            size = int(buffer[start:end], 16)
+            size = int(buffer[start:end].partition(b";")[0], 16)
             if len(buffer) < end + size + 4:
                 break
             self._body += buffer[end + 2 : end + 2 + size]
@@ -120,74 +135,89 @@ class Connection(asyncio.Protocol):
         del buffer[:start]
         return False
 
-    def _read_events(self, now: float) -> None:
-        *events, rest = self._body.split(b"\n\n")
-        self._body = rest
-        for event in events:
-            if not event.startswith(b"data: {"):
-                continue  # a comment, or [DONE]
-            if event.startswith(b'data: {"error"'):
-                self.failure = event.decode()
-            elif b'"usage":{' in event or b'"usage": {' in event:
-                self.usage = json.loads(event[6:])["usage"]
-                if b'"choices":[]' not in event and b'"choices": []' not in event:
-                    self.last = now
-            else:
-                self.first = self.first or now
-                self.last = now
-
-    def _finish_if(self, ended: bool) -> None:
-        if ended and self._done is not None and not self._done.done():
-            self._done.set_result(None)
-
 
 class Client:
-    """Requests to one server, each worker on a connection of its own."""
+    """Requests to one server, over connections that are kept where the server keeps them.
 
-    def __init__(self, host: str, port: int, api_key: str | None = None) -> None:
-        self._host, self._port = host, port
-        self._headers = f"Host: {host}:{port}\r\n"
+    Args:
+        url: `http://host:port`, with a path where the API lies below one; `/v1` may end it.
+        api_key: sent as a bearer token.
+
+    Raises:
+        ValueError: the URL is not like that.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"must be like http://127.0.0.1:8000, got {url}")
+        self._tls = parts.scheme == "https"
+        self._host, self._port = parts.hostname, parts.port or (443 if self._tls else 80)
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = f"Host: {parts.netloc.rpartition('@')[2]}"
         if api_key:
-            self._headers += f"Authorization: Bearer {api_key}\r\n"
+            self._headers += f"\r\nAuthorization: Bearer {api_key}"
+        self._idle: list[Connection] = []
 
-    async def connect(self) -> Connection:
+    async def open(self, count: int) -> None:
+        """Connects ahead of time, so that no answer is measured with it."""
+        self._idle += [await self._connect() for _ in range(count)]
+
+    def close(self) -> None:
+        """Closes what is idle; a client may be used again in another event loop then."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a plain answer, over a connection of its own."""
+        connection = await self._connect()
+        try:
+            reply = await connection.request(
+                f"GET {self._prefix}{path} HTTP/1.1\r\n{self._headers}"
+            )
+        finally:
+            connection.close()
+        return reply.status, reply.body
+
+    async def post(self, path: str, body: dict[str, Any]) -> Reply:
+        """One request, over a connection that is idle or else a new one.
+
+        Raises:
+            Refused: status 429 or 503.
+            BenchError: another status than 200, or a connection that ended too early.
+        """
+        data = json.dumps(body, separators=(",", ":")).encode()
+        head = (
+            f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}"
+        )
+        connection = self._take() or await self._connect()
+        try:
+            reply = await connection.request(head, data)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.reusable:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        if reply.status != 200:
+            kind = Refused if reply.status in (429, 503) else BenchError
+            raise kind(f"status {reply.status}: {reply.body.decode(errors='replace')[:300]}")
+        return reply
+
+    def _take(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:  # the server has not closed it meanwhile
+                return connection
+        return None
+
+    async def _connect(self) -> Connection:
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, self._host, self._port
+                Connection, self._host, self._port, ssl=self._tls or None
             )
         except OSError as error:
             raise BenchError(f"no server at {self._host}:{self._port}: {error}") from None
         return connection
-
-    async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a plain answer."""
-        connection = await self.connect()
-        try:
-            return await connection.request(f"GET {path} HTTP/1.1\r\n{self._headers.strip()}")
-        finally:
-            connection.close()
-
-    async def complete(self, connection: Connection, body: dict[str, Any]) -> Answer:
-        """One streamed completion.
-
-        Raises:
-            BenchError: a status other than 200, an error in the stream, or no usage at its end.
-        """
-        data = json.dumps(body, separators=(",", ":")).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\n{self._headers}"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}"
-        )
-        sent = time.perf_counter()
-        status, text = await connection.request(head, data)
-        if status != 200 or connection.failure:
-            raise BenchError(f"status {status}: {connection.failure or text.decode()[:300]}")
-        if connection.usage is None:
-            raise BenchError("the stream ended without usage")
-        return Answer(
-            sent=sent,
-            first=connection.first,
-            last=connection.last,
-            prompt_tokens=connection.usage["prompt_tokens"],
-            completion_tokens=connection.usage["completion_tokens"],
-        )

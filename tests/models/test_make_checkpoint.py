@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import make_checkpoint
+from benchmarks.shapes import LLAMA_56M, SHAPES
 from models import loader
 from models.registry import build, parse_config
 
@@ -22,8 +23,8 @@ def tokenizer() -> Tokenizer:
 
 
 def test_small_shape_loads(tmp_path, monkeypatch):
-    tiny = make_checkpoint.LLAMA_56M | {"num_hidden_layers": 2, "hidden_size": 64}
-    monkeypatch.setitem(make_checkpoint.SHAPES, "tiny", tiny)
+    tiny = LLAMA_56M | {"num_hidden_layers": 2, "hidden_size": 64}
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
     monkeypatch.setattr(make_checkpoint, "PIECE", 100_000)  # several pieces per tensor
     first = make_checkpoint.write(tmp_path / "a", "tiny")
     again = make_checkpoint.write(tmp_path / "b", "tiny")
@@ -49,7 +50,7 @@ def test_small_shape_loads(tmp_path, monkeypatch):
     ],
 )
 def test_shapes_are_the_published_ones(shape, parameters):
-    config = parse_config(make_checkpoint.SHAPES[shape])
+    config = parse_config(SHAPES[shape])
     model = build(config, torch.bfloat16, torch.device("meta"))
     assert sum(t.numel() for t in model.checkpoint_tensors().values()) == parameters
 
