@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
-from benchmarks.serve import make_checkpoint
+from benchmarks.local_server import make_checkpoint
 from configs.settings import Settings
 from engine.client import ProcessEngine
 from engine.process import PipeInbox
