@@ -264,10 +264,12 @@ class EngineLoop:
         if self._failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
         text = f"{type(error).__name__} in the engine's step"
-        failed = self._tell_ended(self.scheduler.fail(plan), text, "request_failed")
-        logger.error(
-            "step %d failed", plan.id, exc_info=error, extra={"fields": {"requests": failed}}
-        )
+        ended = self.scheduler.fail(plan)
+        fields = {
+            "requests": self._tell_ended(ended, text, "request_failed"),
+            "request_ids": list(dict.fromkeys(item.seq.request.x_request_id for item in ended)),
+        }
+        logger.error("step %d failed", plan.id, exc_info=error, extra={"fields": fields})
 
     def _tell_ended(self, progress: list[Progress], text: str, code: str) -> list[str]:
         """Says why requests were ended, once for each of them; returns their ids."""

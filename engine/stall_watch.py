@@ -61,7 +61,8 @@ def scheduler_state(loop: EngineLoop) -> str:
     ]
     lines += [
         f"{seq.request.id}[{seq.index}] {seq.status.value}: {seq.num_computed} of "
-        f"{len(seq.tokens)} tokens computed, {seq.in_flight} in flight"
+        f"{len(seq.tokens)} tokens computed, {seq.in_flight} in flight, "
+        f"request_id={seq.request.x_request_id}"
         for seq in sequences[:MOST_TOLD]
     ]
     return "\n".join(lines)

@@ -165,6 +165,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             time.
         ttft_deadline: the same for its first token.
         arrival: `time.monotonic()` when the front door took the request.
+        x_request_id: what the client knows it by, for the engine's log; several may share one, and
+            "" is none.
     """
 
     id: str
@@ -177,6 +179,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     ttft_deadline: float | None = None
     arrival: float = 0.0
+    x_request_id: str = ""
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) >= 1, "prompt", "at least one token", "none")
@@ -203,6 +206,7 @@ def build(
     cache_salt: str = "",
     deadline: float | None = None,
     ttft_deadline: float | None = None,
+    x_request_id: str = "",
     param: str = "prompt",
     limits: RequestLimits | None = None,
 ) -> Request:
@@ -254,6 +258,7 @@ def build(
         deadline=deadline,
         ttft_deadline=ttft_deadline,
         arrival=time.monotonic(),
+        x_request_id=x_request_id,
     )
 
 

@@ -209,6 +209,7 @@ class Service:
             deadline=_deadline(http, "x-deadline-ms"),
             ttft_deadline=_deadline(http, "x-ttft-deadline-ms"),
             cache_salt=body.cache_salt or "",
+            x_request_id=http.scope["state"]["request_id"],
             param=param,
             limits=self.limits.request,
         )

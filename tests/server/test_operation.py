@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.server.front import wait_for
 from tests.server.pretend import HANGS, RAISES
@@ -55,9 +56,10 @@ class Server:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
 
-    def complete(self, **fields: Any) -> httpx.Response:
+    def complete(self, request_id: str = "", **fields: Any) -> httpx.Response:
         body = {"prompt": "hello", "max_tokens": 3} | fields
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+        headers = {"x-request-id": request_id}
+        return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=30)
 
     @property
     def engine(self) -> int:
@@ -229,20 +231,27 @@ def test_a_step_that_hangs_is_told_with_stacks() -> None:
     with serving("--stall-timeout", "0.5") as server:
         time.sleep(1)  # idle is no stall
         assert server.get("/livez").status_code == 200
-        answer = server.complete(prompt=[HANGS])
+        answer = server.complete("mine-2", prompt=[HANGS])
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
         assert server.exit_code() == 70
         assert "1 running, 0 waiting" in server.output
+        assert "in flight, request_id=mine-2" in server.output
         assert "time.sleep(3600)" in server.output
         assert server.output.count("stalled: ") == 1
 
 
-def test_a_step_that_raises_ends_its_requests_alone() -> None:
-    with serving() as server:
-        answer = server.complete(prompt=[RAISES])
+@pytest.mark.parametrize(
+    ("log_format", "named"),
+    [("json", '"request_ids": ["mine-1"]'), ("text", "request_ids=['mine-1']")],
+)
+def test_a_step_that_raises_ends_its_requests_alone(log_format: str, named: str) -> None:
+    with serving("--log-format", log_format) as server:
+        answer = server.complete("mine-1", prompt=[RAISES])
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_failed")
         assert server.complete().status_code == 200
         assert server.get("/health").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.exit_code() == 0
         assert "a kernel failed" in server.output
+        [line] = [line for line in server.lines if "quire.engine" in line]
+        assert named in line
