@@ -97,9 +97,10 @@ def warm_up(
     slots = torch.tensor([block_size, 2 * block_size], dtype=torch.int32, device=device)
     backend.store_kv(key, value, pages, slots)
     query = query.contiguous()
-    # A short and a long context: the Triton kernels specialize on one split and on several.
-    for longest in (block_size, 1 << 15):
-        backend.paged_decode(query, pages, tables, lengths, max_context_len=longest, **options)
+    # Narrow and wide tables: the Triton kernels specialize on one split at most and on several.
+    for width in (1, (1 << 15) // block_size):
+        wide = tables.expand(-1, width).contiguous()
+        backend.paged_decode(query, pages, wide, lengths, max_context_len=block_size, **options)
     # Likewise for chunks: the hint of 64 selects the kernel for long ones.
     for chunk, longest in ((1, 1), (block_size, 64)):
         starts = torch.tensor([0, 1, 1 + chunk], dtype=torch.int32, device=device)

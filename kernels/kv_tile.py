@@ -87,6 +87,7 @@ def _load_groups(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """int4 rows: [tile, DIM_PAD]."""
     GROUPS: tl.constexpr = DIM_PAD // GROUP
@@ -97,7 +98,8 @@ def _load_groups(
     at = _zeros_at(rows, BLOCK_SIZE, DIM)[:, None] + groups[None, :]
     zeros = tl.load(pages + at, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.float32)
     at = _numbers_at(rows, "int4", BLOCK_SIZE, DIM)[:, None] + groups[None, :] * (GROUP // 2)
-    packed = tl.load(pages + at[:, :, None] + bytes[None, None, :], mask=mask[:, :, None], other=0)
+    places = pages + at[:, :, None] + bytes[None, None, :]
+    packed = tl.load(places, mask=mask[:, :, None], other=0, eviction_policy=EVICTION)
     low = ((packed & 15).to(tl.float32) - zeros[:, :, None]) * scales[:, :, None]
     high = ((packed >> 4).to(tl.float32) - zeros[:, :, None]) * scales[:, :, None]
     numbers = tl.permute(tl.join(low.to(DTYPE), high.to(DTYPE)), (0, 1, 3, 2))
@@ -114,10 +116,12 @@ def load_keys(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """The tile's keys, transposed for the score product: [DIM_PAD, tile], zeros where unseen."""
     if FORMAT == "int4":
-        return tl.trans(_load_groups(keys, rows, seen, BLOCK_SIZE, DIM, DIM_PAD, DTYPE))
+        rows_first = _load_groups(keys, rows, seen, BLOCK_SIZE, DIM, DIM_PAD, DTYPE, EVICTION)
+        return tl.trans(rows_first)
     else:
         dims = tl.arange(0, DIM_PAD)
         if DIM == DIM_PAD:
@@ -125,7 +129,8 @@ def load_keys(
         else:
             mask = seen[None, :] & (dims < DIM)[:, None]
         places = keys + _numbers_at(rows, FORMAT, BLOCK_SIZE, DIM)[None, :] + dims[:, None]
-        return _decode(tl.load(places, mask=mask, other=0), FORMAT).to(DTYPE)
+        raw = tl.load(places, mask=mask, other=0, eviction_policy=EVICTION)
+        return _decode(raw, FORMAT).to(DTYPE)
 
 
 @triton.jit
@@ -138,10 +143,11 @@ def load_values(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """The tile's values: [tile, DIM_PAD], zeros where unseen."""
     if FORMAT == "int4":
-        return _load_groups(values, rows, seen, BLOCK_SIZE, DIM, DIM_PAD, DTYPE)
+        return _load_groups(values, rows, seen, BLOCK_SIZE, DIM, DIM_PAD, DTYPE, EVICTION)
     else:
         dims = tl.arange(0, DIM_PAD)
         if DIM == DIM_PAD:
@@ -149,7 +155,8 @@ def load_values(
         else:
             mask = seen[:, None] & (dims < DIM)[None, :]
         places = values + _numbers_at(rows, FORMAT, BLOCK_SIZE, DIM)[:, None] + dims[None, :]
-        return _decode(tl.load(places, mask=mask, other=0), FORMAT).to(DTYPE)
+        raw = tl.load(places, mask=mask, other=0, eviction_policy=EVICTION)
+        return _decode(raw, FORMAT).to(DTYPE)
 
 
 @triton.jit

@@ -1,11 +1,17 @@
 """Triton: split-KV decode over block tables (Flash-Decoding on PagedAttention's cache).
 
 One program serves one (sequence, K/V head, split of the context). The query heads that share a
-K/V head are the rows of one small matrix product, so every page is read once. With several splits
-each program leaves (maximum, sum, accumulator) in float32 and a second kernel folds them.
+K/V head are the rows of one small matrix product, so every page is read once. A sequence with
+several splits leaves (maximum, sum, accumulator) of each in float32 and a second kernel folds
+them; one with a single split is written at once.
 
     context   |tile|tile|tile|tile|tile|tile|tile|tile|til          window: tiles behind it
     splits    |---- split 0 ----|---- split 1 ----|- 2 -|           are skipped
+
+How many splits a sequence has is computed on the device, from the lengths of the whole batch: a
+long context among short ones gets most of the programs. The grid is as large as the shapes allow,
+and programs without a split end at once. So a launch depends on no length, the host waits for
+nothing, and a CUDA graph of it stays valid for every step.
 """
 
 from functools import cache
@@ -15,13 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.decode_choices import MAX_SEQS, Choice, SplitPlan, derive, plan_splits
 from kernels.kv_tile import fold_scales, load_keys, load_values, tile_rows
 from kernels.pages import Pages, memory, page_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_SPLITS = 64
-MIN_TILES_PER_SPLIT = 4
 TILE_REDUCE = 8  # splits that the reduce kernel folds per iteration
+ONCE = tl.constexpr("evict_first")  # no other program reads the same page
+SUMMED = tl.constexpr(MAX_SEQS)
 
 
 @triton.jit
@@ -34,7 +41,33 @@ def base2_scores(dots, scale, SOFTCAP: tl.constexpr):
         return dots * (scale * LOG2E)
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_splits"])
+@triton.jit
+def tile_range(context, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """(first tile, tile after the last one) that contexts of so many tokens still see."""
+    first = context * 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0) // TILE
+    return first, tl.cdiv(context, TILE)
+
+
+@triton.jit
+def tiles_per_split(
+    lens, tiles, seqs, bound, wanted, least, TILE: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Tiles that one split reads of a sequence with `tiles` of them.
+
+    The tiles of the batch are dealt to `wanted` splits per K/V head, whichever sequence they
+    belong to; but no sequence has more than `bound` splits, and none fewer than `least` tiles.
+    """
+    # All lengths in one load: behind a loop over them, Triton does not pipeline the one over tiles.
+    rows = tl.arange(0, SUMMED)
+    contexts = tl.load(lens + rows, mask=rows < seqs, other=0)
+    first, end = tile_range(contexts, TILE, WINDOW)
+    fair = tl.cdiv(tl.sum(end - first), wanted)
+    return tl.maximum(tl.maximum(fair, tl.cdiv(tiles, bound)), least)
+
+
+@triton.jit(do_not_specialize=["max_blocks", "bound", "wanted", "least"])
 def decode_kernel(
     query,
     keys,
@@ -49,7 +82,9 @@ def decode_kernel(
     max_blocks,
     query_stride,
     out_stride,
-    num_splits,
+    bound,
+    wanted,
+    least,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,39 +97,49 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
-    """Grid (seqs, kv_heads, num_splits).
+    """Grid (seqs, kv_heads, bound): `bound`, `wanted` and `least` are a `SplitPlan`.
 
     Numbers that change from call to call are not specialized on, so that serving never compiles.
-    partial [seqs, heads, num_splits, DIM] and stats [seqs, heads, num_splits, 2] (maximum, sum)
-    are float32 and unused when DIRECT, which means one split that writes `out` itself.
+    partial [seqs, heads, bound, DIM] and stats [seqs, heads, bound, 2] (maximum, sum) are float32
+    and unused when DIRECT, which means that `bound` is 1.
     """
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.program_id(2)
+    context = tl.load(lens + seq)
+    begin, end = tile_range(context, TILE, WINDOW)
+    alone = True
+    if not DIRECT:
+        seqs = tl.num_programs(0)
+        per_split = tiles_per_split(lens, end - begin, seqs, bound, wanted, least, TILE, WINDOW)
+        alone = end - begin <= per_split
+        begin += split * per_split
+        if split > 0 and begin >= end:
+            return
+        end = tl.minimum(begin + per_split, end)
+
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
     mask = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     within = (head * GROUP + rows)[:, None] * DIM + dims[None, :]
     q = tl.load(query + seq * query_stride + within, mask=mask, other=0.0)
-
-    context = tl.load(lens + seq)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0)
-    first_tile, last_tile = first // TILE, tl.cdiv(context, TILE)
-    per_split = tl.cdiv(last_tile - first_tile, num_splits)
-    begin = first_tile + split * per_split
-    end = tl.minimum(begin + per_split, last_tile)
 
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     table = tables + seq * max_blocks
+    offsets = tl.arange(0, TILE)
+    # Rows are looked up one tile ahead: a load whose address waits for another load of the same
+    # iteration keeps Triton from loading keys and values more than one tile ahead.
+    tokens = begin * TILE + offsets
+    places = tile_rows(table, tokens, tokens < context, head, kv_heads, BLOCK_SIZE)
     for tile in range(begin, end):
-        tokens = tile * TILE + tl.arange(0, TILE)
+        tokens = tile * TILE + offsets
         seen = tokens < context
         if WINDOW > 0:
             seen = seen & (tokens >= first)
-        places = tile_rows(table, tokens, seen, head, kv_heads, BLOCK_SIZE)
-        k = load_keys(keys, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+        k = load_keys(keys, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype, ONCE)
         dots = tl.dot(q, k, input_precision=PRECISION)
         factor = fold_scales(scale, keys, places, seen, FORMAT, BLOCK_SIZE, DIM)
         scores = base2_scores(dots, factor, SOFTCAP)
@@ -103,37 +148,50 @@ def decode_kernel(
         weights = tl.exp2(scores - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, axis=1)
-        v = load_values(values, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype)
+        v = load_values(values, places, seen, FORMAT, BLOCK_SIZE, DIM, DIM_PAD, q.dtype, ONCE)
         weights = fold_scales(weights, values, places, seen, FORMAT, BLOCK_SIZE, DIM)
         acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
+        tokens += TILE
+        places = tile_rows(table, tokens, tokens < context, head, kv_heads, BLOCK_SIZE)
 
-    if DIRECT:
+    if alone:
         # A padded row has seen nothing: its sum is 0 and its output zeros.
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         target = out + seq * out_stride + within
         tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
     else:
-        part = ((seq * kv_heads + head) * GROUP + rows) * num_splits + split
+        part = ((seq * kv_heads + head) * GROUP + rows) * bound + split
         tl.store(partial + part[:, None] * DIM + dims[None, :], acc, mask=mask)
         tl.store(stats + part * 2, top, mask=rows < GROUP)
         tl.store(stats + part * 2 + 1, total, mask=rows < GROUP)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["bound", "wanted", "least"])
 def reduce_kernel(
     partial,
     stats,
+    lens,
     out,
     out_stride,
-    num_splits,
+    bound,
+    wanted,
+    least,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Folds the splits of one query head: grid (seqs, heads)."""
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = (seq * tl.num_programs(1) + head) * num_splits
+    first, end = tile_range(tl.load(lens + seq), TILE, WINDOW)
+    tiles, seqs = end - first, tl.num_programs(0)
+    per_split = tiles_per_split(lens, tiles, seqs, bound, wanted, least, TILE, WINDOW)
+    num_splits = tl.cdiv(tiles, per_split)
+    if num_splits <= 1:
+        return
+    first = (seq * tl.num_programs(1) + head) * bound
     dims = tl.arange(0, DIM_PAD)
     top = tl.full([], -1e30, tl.float32)
     total = tl.full([], 0.0, tl.float32)
@@ -156,20 +214,6 @@ def reduce_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=dims < DIM)
 
 
-def choose_splits(
-    seqs: int, kv_heads: int, max_context_len: int, processors: int, tile: int = 64
-) -> int:
-    """How many programs share one sequence's context.
-
-    Enough that (sequence, head, split) programs fill every processor twice, but never so many
-    that a split of the longest context has fewer than MIN_TILES_PER_SPLIT tiles: the reduce pass
-    would then cost more than it gains.
-    """
-    wanted = 2 * processors // max(seqs * kv_heads, 1)
-    useful = max_context_len // (tile * MIN_TILES_PER_SPLIT)
-    return max(1, min(wanted, useful, MAX_SPLITS))
-
-
 def decode_shape(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
     """The compile-time sizes of the decode kernel for a model shape."""
     group = heads // kv_heads
@@ -178,7 +222,6 @@ def decode_shape(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
         "ROWS": max(16, triton.next_power_of_2(group)),  # tl.dot needs 16 rows
         "DIM": head_dim,
         "DIM_PAD": triton.next_power_of_2(head_dim),
-        "TILE": 64 if head_dim <= 128 else 32,
     }
 
 
@@ -193,32 +236,35 @@ def paged_decode(
     softcap: float = 0.0,
     out: Tensor | None = None,
     max_context_len: int | None = None,
-    num_splits: int | None = None,
+    choice: Choice | None = None,
+    splits: SplitPlan | None = None,
 ) -> Tensor:
     """One new token per sequence over its paged context (see `kernels.reference`).
 
-    max_context_len  the longest context of the batch if the caller knows it on the host; without
-                     it the width of block_tables bounds it, so that nothing waits for the device
-    num_splits       overrides the choice of `choose_splits`
+    max_context_len  unused: a launch depends on the shapes of its tensors alone
+    choice, splits   override what `kernels.decode_choices` says of these shapes
     """
     seqs, heads, head_dim = query.shape
     out = torch.empty_like(query) if out is None else out
     kv_heads, block_size, _ = page_shape(pages)
     blocks, format = memory(pages)
-    shape = decode_shape(heads, kv_heads, head_dim)
-    if num_splits is None:
-        longest = max_context_len or block_tables.shape[1] * block_size
+    if choice is None:
+        choice = derive(head_dim, blocks.stride(2) * blocks.itemsize // block_size)
+    if splits is None:
+        longest = block_tables.shape[1] * block_size
         longest = min(longest, window) if window else longest
         processors = count_processors(query.device)
-        num_splits = choose_splits(seqs, kv_heads, longest, processors, shape["TILE"])
-    direct = num_splits == 1
+        splits = plan_splits(choice, seqs, kv_heads, longest, processors)
+    bounds = splits.bound, splits.wanted, splits.least
+    direct = splits.bound == 1
     partial = stats = out
     if not direct:
         options = {"dtype": torch.float32, "device": query.device}
-        partial = torch.empty(seqs, heads, num_splits, head_dim, **options)
-        stats = torch.empty(seqs, heads, num_splits, 2, **options)
+        partial = torch.empty(seqs, heads, splits.bound, head_dim, **options)
+        stats = torch.empty(seqs, heads, splits.bound, 2, **options)
+    shape = decode_shape(heads, kv_heads, head_dim)
     with torch.cuda.device_of(query):
-        decode_kernel[(seqs, kv_heads, num_splits)](
+        decode_kernel[(seqs, kv_heads, splits.bound)](
             query,
             blocks[0],
             blocks[1],
@@ -232,26 +278,30 @@ def paged_decode(
             block_tables.stride(0),
             query.stride(0),
             out.stride(0),
-            num_splits,
+            *bounds,
             FORMAT=format,
             BLOCK_SIZE=block_size,
+            TILE=choice.tile,
             WINDOW=window,
             SOFTCAP=softcap,
             PRECISION=dot_precision(query.dtype),
             DIRECT=direct,
-            num_warps=4,
-            num_stages=2,
+            num_warps=choice.warps,
+            num_stages=choice.stages,
             **shape,
         )
         if not direct:
             reduce_kernel[(seqs, heads)](
                 partial,
                 stats,
+                context_lens,
                 out,
                 out.stride(0),
-                num_splits,
+                *bounds,
                 DIM=head_dim,
                 DIM_PAD=shape["DIM_PAD"],
+                TILE=choice.tile,
+                WINDOW=window,
                 SPLITS=TILE_REDUCE,
                 num_warps=4,
             )

@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels import copy_blocks, paged_decode, paged_prefill, reference, store_kv
+from kernels.decode_choices import Choice, SplitPlan
 from kernels.dispatch import backend, warm_up
 from kernels.pages import FORMATS, tile_bytes
 from tests.kernels import problems
@@ -21,6 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF, FULL = torch.float16, torch.float32
 DTYPES = (HALF, FULL) if INTERPRETED else (HALF, FULL, torch.bfloat16)
 LENS = [1, 15, 0, 16, 17, 333]
+ALL = 1 << 20  # splits wanted: every sequence gets as many as it may
 CHUNKS = [1, 15, 0, 3, 17, 70]
 
 # heads, kv_heads, head_dim, block_size, splits, options
@@ -56,7 +60,7 @@ def test_decode(case):
     heads, kv_heads, dim, block, splits, options, dtype = case
     problem = problems.make(heads, kv_heads, dim, block, LENS, dtype=dtype)
     want = problems.naive(problem, **options)
-    options = {**options, "num_splits": splits}
+    options = {**options, "splits": SplitPlan(splits, wanted=ALL, least=1)}
     got = problems.run_decode(paged_decode.paged_decode, problem.to(DEVICE), **options)
     assert problems.error(got, want) < TOLERANCE[dtype]
     assert not got[2].any()
@@ -85,7 +89,7 @@ def test_quantized_decode(case, name, dtype):
     problem = problems.make(heads, kv_heads, dim, block, LENS, dtype=dtype)
     problem = problems.quantized(problem, name)
     want = problems.naive(problem, **options)
-    options = {**options, "num_splits": splits}
+    options = {**options, "splits": SplitPlan(splits, wanted=ALL, least=1)}
     got = problems.run_decode(paged_decode.paged_decode, problem.to(DEVICE), **options)
     assert problems.error(got, want) < TOLERANCE[dtype]
     assert not got[2].any()
@@ -146,13 +150,53 @@ def test_blocks_move_out_of_the_pool_and_back(blocks):
     assert torch.equal(empty[:, :, ids], pool[:, :, ids]) and len(empty.unique()) > 1
 
 
-def test_splits_are_chosen_without_a_hint():
-    problem = problems.make(2, 1, 64, 16, [40, 300])
-    for hint in (None, 300, 100_000):
-        got = problems.run_decode(
-            paged_decode.paged_decode, problem.to(DEVICE), max_context_len=hint
-        )
-        assert problems.error(got, problems.naive(problem)) < 1e-5
+@triton.jit
+def show_splits(lens, shown, seqs, bound, wanted, least, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """shown [seqs, 2]: tiles that a sequence sees, and tiles per split."""
+    for seq in range(seqs):
+        first, end = paged_decode.tile_range(tl.load(lens + seq), TILE, WINDOW)
+        tiles = end - first
+        size = paged_decode.tiles_per_split(lens, tiles, seqs, bound, wanted, least, TILE, WINDOW)
+        tl.store(shown + 2 * seq, tiles)
+        tl.store(shown + 2 * seq + 1, size)
+
+
+# lens, (bound, wanted, least), window -> splits of each sequence
+SPLITS = [
+    ([1280], (33, 16, 1), 0, [16]),  # 80 tiles of 16
+    ([1280], (5, 16, 1), 0, [5]),
+    ([1280], (33, 16, 8), 0, [10]),
+    ([1280], (33, 1000, 1), 161, [11]),  # the window's 11 tiles
+    ([1280, 16, 0, 16], (33, 16, 1), 0, [14, 1, 0, 1]),  # the long one gets nearly all
+    ([1280] * 4, (33, 16, 1), 0, [4] * 4),
+]
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=str)
+def test_the_device_splits_by_the_lengths_of_the_batch(case):
+    lengths, plan, window, want = case
+    lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    shown = torch.zeros(len(lengths), 2, dtype=torch.int32, device=DEVICE)
+    show_splits[(1,)](lens, shown, len(lengths), *plan, TILE=16, WINDOW=window)
+    tiles, size = shown.cpu().unbind(1)
+    assert (-(-tiles // size)).tolist() == want
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_one_launch_serves_any_lengths(window):
+    """Bounds come from the width of the tables: here three sequences share what one could use."""
+    problem = problems.make(4, 2, 64, 16, [600, 0, 40])
+    want = problems.naive(problem, window=window)
+    options = {"choice": Choice(16, 4, 2, 2), "splits": SplitPlan(9, wanted=9, least=2)}
+    device = problem.to(DEVICE)
+    got = problems.run_decode(paged_decode.paged_decode, device, window=window, **options)
+    assert problems.error(got, want) < 1e-5 and not got[1].any()
+
+
+def test_bounds_are_chosen_from_shapes():
+    problem = problems.make(2, 1, 64, 16, [40, 3000])
+    got = problems.run_decode(paged_decode.paged_decode, problem.to(DEVICE))
+    assert problems.error(got, problems.naive(problem)) < 1e-5
 
 
 def test_rows_beyond_the_last_chunk_are_left_alone():
