@@ -63,18 +63,18 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds of a step by variant, one number per round."""
     clock = time.thread_time if cpu_time else time.perf_counter
-    step_rows, few_rows = decoder.step_rows, decoder.layers[0].attention.qkv.most_few
+    few_rows = decoder.layers[0].attention.qkv.most_few
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(rounds + 1):
         for name in VARIANTS:
-            decoder.step_rows = step_rows if name == "compiled" else 0
+            decoder.compiled = name == "compiled"
             for linear in linears(decoder):
                 linear.most_few = 0 if name == "separate, oneDNN" else few_rows
             start = clock()
             for _ in range(5):
                 decoder.forward(ids, ctx)
             times[name].append(1e3 * (clock() - start) / 5)
-    decoder.step_rows = step_rows
+    decoder.compiled = True
     return {name: found[1:] for name, found in times.items()}  # the first was the warm-up
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         torch.set_num_threads(1)
     decoder = loader.random_init(registry.parse_config(LLAMA_56M), torch.bfloat16, CPU)
     assert isinstance(decoder, Decoder)
-    if not decoder.step_rows:
+    if not decoder.compiled:
         raise SystemExit("this CPU has no AVX512-BF16, or oneDNN packs weights in another way")
     print(
         f"ms per step, median [range] of {args.rounds} rounds, {torch.get_num_threads()} threads\n"

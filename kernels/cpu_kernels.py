@@ -363,7 +363,7 @@ def _mask(job, scores, padded, token, count, position, group):
 
 @helper
 def attend_tasks(job):
-    """Takes tasks until none is left."""
+    """Takes tasks until none is left; how many this thread took."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
     tile = max(FEW_ROWS, (max(TILE_ROWS, group) + LANES - 1) // LANES * LANES)
@@ -371,10 +371,12 @@ def attend_tasks(job):
     queries, keys = scratch(tile * width), scratch(max(TILE_TOKENS, tile) * width)
     scores, acc = scratch(tile * CHUNK), scratch(tile * (width + LANES))
     grid = scratch(grid_size(job) * (CHUNK // LANES))
+    taken = 0
     while True:
         task = take(job.address)
         if task >= job.tasks:
-            return
+            return taken
+        taken += 1
         seq = _owner(job, task)
         task -= read_int32(job.first_task, seq)
         part, head = task // job.kv_heads, task % job.kv_heads
@@ -395,15 +397,18 @@ def attend_tasks(job):
 
 @helper
 def combine_tasks(job):
-    """Folds the partial results of contexts that span several chunks, in the order of chunks."""
+    """Folds the partial results of contexts that span several chunks, in the order of chunks; how
+    many tasks this thread took."""
     group = job.heads // job.kv_heads
     width = (job.head_dim + LANES - 1) // LANES * LANES
     stride = width + LANES
     acc, totals = scratch(FEW_ROWS * stride), scratch(FEW_ROWS)
+    taken = 0
     while True:
         task = take(job.address)
         if task >= job.seqs * job.kv_heads:
-            return
+            return taken
+        taken += 1
         seq, head = task // job.kv_heads, task % job.kv_heads
         start, count, _ = _chunk_of(job, seq)
         rows = count * group

@@ -1,24 +1,24 @@
-"""A whole decode step of a Llama-like decoder in one call, for few sequences on CPUs with
-AVX512-BF16.
+"""All layers of a Llama-like decoder in one call, on CPUs with AVX512-BF16.
 
 At one sequence every operation only reads its weights, and calling a hundred operations from Python
-takes as long again. Here the threads of one team go through all layers together and wait for each
-other where one phase needs the results of the one before:
+takes as long again. Here the threads of one team go through all layers together, in one of two ways:
 
-    norm, q k v | rotate, store k v | attend | (combine) | output, += | norm, gate, up | down, += |
+    few rows    every thread works on all rows and takes panels of a matrix:
+                norm, q k v | rotate, store k v | attend | output, += | norm, gate, up | down, += |
+    many rows   every thread takes blocks of rows and all matrices, which come from a cache:
+                norm, q k v, rotate, store k v | attend | output, +=, norm, gate, up, down, += ..
 
-Tasks of a phase are panels of a matrix, or heads of a sequence. The stream between layers stays in
-float32 and is rounded where it enters a product, so results differ from those of separate
-operations by less than bfloat16 does.
+At each | all tasks of the phase are done before the next begins (`cpu_phase`). The second way ends
+a layer and begins the next one in the same phase. The stream between layers stays in float32 and
+is rounded where it enters a product, so results differ from those of separate operations by less
+than bfloat16 does; a row's result does not depend on the rows beside it, nor on the way.
 """
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -30,6 +30,7 @@ from kernels import (
     cpu_kernels,
     cpu_linear,
     cpu_pages,
+    cpu_phase,
     cpu_simd,
     cpu_vectors,
 )
@@ -39,12 +40,15 @@ from kernels.cpu_linear import MOST_ROWS, PANEL, PackedLinear, add_bias, multipl
 from kernels.cpu_pages import JOB as ATTENTION_JOB
 from kernels.cpu_pages import RECORD as ATTENTION_RECORD
 from kernels.cpu_pages import address, encode, helper, scratch
+from kernels.cpu_phase import PHASE_BYTES, meet
 from kernels.cpu_simd import float_pointer, read_int32, take
-from kernels.cpu_team import WORKER, fingerprint, openmp_function, run
+from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import I64, LANES, LOG2E, const, exp2
 from kernels.pages import Pages, QuantizedPages
 
-PHASES = 5  # of a layer that take tasks from a counter of their own
+FEW_ROWS = 24
+"""Rows up to which the threads share panels: then reading the weights takes longer than using them."""
+PHASES = 7  # of a layer, the most that either way has
 
 _MATRICES = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down")
 LAYER = np.dtype(
@@ -54,19 +58,18 @@ LAYER = np.dtype(
     ]
 )
 _LAYER_RECORD = from_dtype(LAYER)
-_SIZES = ("rows", "layers", "hidden", "inner", "heads", "kv_heads", "head_dim")
+_SIZES = ("rows", "block_rows", "layers", "hidden", "inner", "heads", "kv_heads", "head_dim")
 _ADDRESSES = (
-    *("layer_table", "attention_jobs", "counters", "barrier", "stream", "qkv", "attended"),
-    *("inner_rows", "cos", "sin", "norm", "out"),
+    *("layer_table", "attention_jobs", "counters", "give_way", "stream", "qkv", "attended"),
+    *("inner_rows", "positions", "cos", "sin", "norm", "out"),
 )
 JOB = np.dtype([(name, np.int64) for name in (*_SIZES, *_ADDRESSES)] + [("eps", np.float64)])
 _RECORD = from_dtype(JOB)
 
 
 def serves(pages: Pages) -> bool:
-    """Whether pages are of a format that the step writes, and there is a team that can wait."""
-    known = isinstance(pages, QuantizedPages) or pages.dtype == torch.bfloat16
-    return known and openmp_function("GOMP_barrier") is not None
+    """Whether pages are of a format that the step writes."""
+    return isinstance(pages, QuantizedPages) or pages.dtype == torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class StepLayer:
     window: int
 
 
-class DecodeStep:
+class Step:
     """The layers of one model over the pages of one cache.
 
     Args:
@@ -114,156 +117,276 @@ class DecodeStep:
         pages: tuple[Pages, ...],
     ):
         self._owners = layers, norm, cos, sin, pages
-        hidden, inner = layers[0].output.outputs, layers[0].down.inputs
-        count, bf16 = len(layers), torch.bfloat16
-        self._hidden = hidden
-        self._stream = torch.empty(MOST_ROWS, hidden)
-        self._qkv = torch.empty(MOST_ROWS, layers[0].qkv.outputs, dtype=bf16)
-        self._attended = torch.empty(MOST_ROWS, layers[0].output.inputs, dtype=bf16)
-        self._inner = torch.empty(MOST_ROWS, inner, dtype=bf16)
-        self._marks = torch.empty(2, MOST_ROWS + 1, dtype=torch.int32)
-        self._partial = torch.empty(0)
-        self._counters = np.zeros((count * PHASES + 1, 8), np.int64)  # each on a line of its own
+        count, first = len(layers), layers[0]
+        self._hidden, self._width = first.output.outputs, first.qkv.outputs
+        self._depth, inner = first.output.inputs, first.down.inputs
+        self._inner = torch.empty(FEW_ROWS, inner, dtype=torch.bfloat16)
+        self._counters = cpu_phase.phases(count * PHASES + 1)
         self._layers = np.zeros(count, LAYER)
         self._jobs = np.zeros(2 * count, ATTENTION_JOB)  # attend, then combine
-        self._attend, self._combine = self._jobs[:count], self._jobs[count:]
+        self._attend = self._jobs[:count]
         for index, layer in enumerate(layers):
-            self._fill(self._layers[index], layer)
-            for jobs in (self._attend, self._combine):
-                self._fill_attention(jobs[index : index + 1], layer, pages[index], heads)
+            _fill(self._layers[index], layer)
+            for at in (index, count + index):
+                _fill_attention(self._jobs[at : at + 1], layer, pages[index], heads)
         job = self._job = np.zeros((), JOB)
-        job["layers"], job["hidden"], job["inner"] = count, hidden, inner
+        job["layers"], job["hidden"], job["inner"] = count, self._hidden, inner
         job["heads"], job["kv_heads"] = heads, self._attend[0]["kv_heads"]
         job["head_dim"] = self._attend[0]["head_dim"]
         job["layer_table"], job["attention_jobs"] = self._layers.ctypes.data, self._jobs.ctypes.data
-        job["counters"] = self._counters.ctypes.data
-        job["stream"], job["qkv"] = self._stream.data_ptr(), self._qkv.data_ptr()
-        job["attended"], job["inner_rows"] = self._attended.data_ptr(), self._inner.data_ptr()
+        job["counters"], job["give_way"] = self._counters.ctypes.data, cpu_phase.give_way()
+        job["inner_rows"], job["eps"] = self._inner.data_ptr(), eps
         job["cos"], job["sin"], job["norm"] = cos.data_ptr(), sin.data_ptr(), norm.data_ptr()
-        job["eps"] = eps
-        job["barrier"] = ctypes.cast(openmp_function("GOMP_barrier"), ctypes.c_void_p).value
+        self._stream = torch.empty(0)
+        self._reserve(MOST_ROWS)
+        self._marks = torch.empty(2, 0, dtype=torch.int32)
+        self._partial = torch.empty(0)
         self._worker, self._plan = _worker(), cpu_attention.plan_worker()
 
-    @staticmethod
-    def _fill(record: np.ndarray, layer: StepLayer) -> None:
-        for name in ("qkv", "output", "gate_up", "down"):
-            linear: PackedLinear = getattr(layer, name)
-            record[name], record[f"{name}_bias"] = linear.panels, linear.bias
-        record["attention_norm"] = layer.attention_norm.data_ptr()
-        record["mlp_norm"] = layer.mlp_norm.data_ptr()
-        record["head_norm"] = 0 if layer.head_norm is None else layer.head_norm.data_ptr()
-        record["rotated"] = layer.rotated
-
-    def _fill_attention(
-        self, record: np.ndarray, layer: StepLayer, pages: Pages, heads: int
-    ) -> None:
-        fields = cpu_attention.page_fields(pages) | {
-            "address": record.ctypes.data,
-            "heads": heads,
-            "window": layer.window,
-            "scale": layer.scale,
-            "query": self._qkv.data_ptr(),
-            "query_format": BFLOAT16,
-            "query_stride": self._qkv.stride(0),
-            "source_format": BFLOAT16,
-            "out": self._attended.data_ptr(),
-            "out_stride": self._attended.stride(0),
-            "first_task": self._marks.data_ptr(),
-            "first_row": self._marks[1].data_ptr(),
-        }
-        for name, value in fields.items():
-            record[name] = value
+    def _reserve(self, rows: int) -> None:
+        """Makes the rows between phases at least so many; the largest step decides."""
+        if rows <= len(self._stream):
+            return
+        self._stream = torch.empty(rows, self._hidden)
+        self._qkv = torch.empty(rows, self._width, dtype=torch.bfloat16)
+        self._attended = torch.empty(rows, self._depth, dtype=torch.bfloat16)
+        self._job["stream"], self._job["qkv"] = self._stream.data_ptr(), self._qkv.data_ptr()
+        self._job["attended"] = self._attended.data_ptr()
+        self._jobs["query"], self._jobs["query_stride"] = self._qkv.data_ptr(), self._width
+        self._jobs["out"], self._jobs["out_stride"] = self._attended.data_ptr(), self._depth
 
     def __call__(
         self,
         embedded: Tensor,
+        positions: Tensor,
         context_lens: Tensor,
         block_tables: Tensor,
         slot_mapping: Tensor,
+        starts: Tensor | None = None,
     ) -> Tensor:
-        """One token of every sequence.
+        """New tokens of some sequences.
 
         Args:
-            embedded: bfloat16 [rows, hidden], rows at most MOST_ROWS
-            context_lens: int32 [rows], the new token included
-            block_tables: int32 [rows, max_blocks]
-            slot_mapping: int32 [rows]
+            embedded: bfloat16 [rows, hidden]
+            positions: int64 [rows]
+            context_lens: int32 [seqs], the new tokens included
+            block_tables: int32 [seqs, max_blocks]
+            slot_mapping: int32 [rows]; -1 stores nothing
+            starts: int32 [seqs + 1], first row of each sequence; without, each has one row
 
         Returns:
             bfloat16 [rows, hidden], behind the last norm
         """
-        rows = len(embedded)
+        rows, threads = len(embedded), torch.get_num_threads()
+        self._reserve(rows)
         self._stream[:rows] = embedded
         out = torch.empty(rows, self._hidden, dtype=torch.bfloat16)
         jobs, job = self._jobs, self._job
         jobs["next"] = 0
-        jobs["seqs"], jobs["max_blocks"] = rows, block_tables.stride(0)
+        jobs["seqs"], jobs["max_blocks"] = len(context_lens), block_tables.stride(0)
         jobs["tables"], jobs["lens"] = block_tables.data_ptr(), context_lens.data_ptr()
         jobs["slots"] = slot_mapping.data_ptr()
-        self._plan_attention()
+        jobs["starts"] = 0 if starts is None else starts.data_ptr()
+        self._plan_attention(len(context_lens))
         self._counters[:] = 0
-        job["rows"], job["out"] = rows, out.data_ptr()
-        run(self._worker, job, torch.get_num_threads())
+        job["rows"], job["block_rows"] = rows, _block_rows(rows, threads)
+        job["positions"], job["out"] = positions.data_ptr(), out.data_ptr()
+        run(self._worker, job, threads)
         return out
 
-    def _plan_attention(self) -> None:
+    def _plan_attention(self, seqs: int) -> None:
         """Counts tasks and partial results, which are the same in every layer."""
-        first = self._attend[:1]
+        jobs, first = self._jobs, self._attend[:1]
+        if self._marks.shape[1] <= seqs:
+            self._marks = torch.empty(2, seqs + 1, dtype=torch.int32)
+        jobs["first_task"], jobs["first_row"] = (line.data_ptr() for line in self._marks)
         self._plan(first.ctypes.data)
         tasks, rows = int(first["tasks"][0]), int(first["rows"][0])
         width = cpu_attention.partial_width(int(first["head_dim"][0]))
         if len(self._partial) < rows:
             self._partial = torch.empty(rows, width)
-        self._jobs["tasks"], self._jobs["rows"] = tasks, rows
-        self._jobs["partial"] = self._partial.data_ptr()
+        jobs["tasks"], jobs["rows"] = tasks, rows
+        jobs["partial"] = self._partial.data_ptr()
+
+
+def _block_rows(rows: int, threads: int) -> int:
+    """Rows that a thread takes at a time; 0 where the threads share panels instead."""
+    if rows <= FEW_ROWS:
+        return 0
+    shares = threads * -(-rows // (threads * MOST_ROWS))
+    return -(-rows // shares)
+
+
+def _fill(record: np.ndarray, layer: StepLayer) -> None:
+    for name in ("qkv", "output", "gate_up", "down"):
+        linear: PackedLinear = getattr(layer, name)
+        record[name], record[f"{name}_bias"] = linear.panels, linear.bias
+    record["attention_norm"] = layer.attention_norm.data_ptr()
+    record["mlp_norm"] = layer.mlp_norm.data_ptr()
+    record["head_norm"] = 0 if layer.head_norm is None else layer.head_norm.data_ptr()
+    record["rotated"] = layer.rotated
+
+
+def _fill_attention(record: np.ndarray, layer: StepLayer, pages: Pages, heads: int) -> None:
+    fields = cpu_attention.page_fields(pages) | {
+        "address": record.ctypes.data,
+        "heads": heads,
+        "window": layer.window,
+        "scale": layer.scale,
+        "query_format": BFLOAT16,
+        "source_format": BFLOAT16,
+    }
+    for name, value in fields.items():
+        record[name] = value
 
 
 @cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    modules = cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_kernels, cpu_linear
+    modules = cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_kernels, cpu_linear, cpu_phase
     primitives = fingerprint(*modules)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def step(pointer):
         len(primitives)  # makes it part of the key of the cache
-        _step(carray(pointer, 1)[0])
+        job = carray(pointer, 1)[0]
+        if job.block_rows == 0:
+            _share_panels(job)
+        else:
+            _share_rows(job)
 
     return WORKER(step.address)
 
 
 @helper
-def _step(job):
+def _share_panels(job):
+    """All layers for few rows."""
     hidden, rows = job.hidden, job.rows
     width = (job.heads + 2 * job.kv_heads) * job.head_dim
-    normed, line = np.empty(rows * hidden, np.uint16), scratch(max(hidden, job.head_dim))
-    sums, turned = scratch(2 * MOST_ROWS * PANEL), scratch(job.head_dim)
-    x = normed.ctypes.data
+    normed, sums, turning = _normed(job, rows), scratch(2 * rows * PANEL), _turning(job)
+    line = scratch(hidden)
+    x = address(normed, 0)
     for index in range(job.layers):
-        layer = _layer_at(job, index)
-        counter = job.counters + index * PHASES * 64
-        _normalize(job, layer.attention_norm, x, line)
-        _product(job, counter, x, hidden, layer.qkv, layer.qkv_bias, width, job.qkv, 0, sums)
-        wait_for_team(job.barrier)
-        _turn_and_store(job, layer, _attention_at(job, index), counter + 64, line, turned)
-        wait_for_team(job.barrier)
-        _attend(job, index)
+        layer, attention = _layer_at(job, index), _attention_at(job, index)
+        phase = job.counters + index * PHASES * PHASE_BYTES
+        _normalize(job, layer.attention_norm, 0, rows, x, line)
+        done = 0
+        while True:
+            task = take(phase)
+            if task >= width // PANEL:
+                break
+            _multiply(rows, x, hidden, layer.qkv, layer.qkv_bias, task, sums)
+            _write(rows, sums, job.qkv, width, task)
+            done += 1
+        meet(phase, done, width // PANEL, job.give_way)
+        phase += PHASE_BYTES
+        done = 0
+        while True:
+            task = take(phase)
+            if task >= rows * job.kv_heads:
+                break
+            row, head = task // job.kv_heads, task % job.kv_heads
+            _turn_and_store(job, layer, attention, row, head, turning)
+            done += 1
+        meet(phase, done, rows * job.kv_heads, job.give_way)
+        phase = _attend(job, index, phase + PHASE_BYTES)
         depth = job.heads * job.head_dim
-        source, panels, bias = job.attended, layer.output, layer.output_bias
-        _product(job, counter + 128, source, depth, panels, bias, hidden, 0, job.stream, sums)
-        wait_for_team(job.barrier)
-        _normalize(job, layer.mlp_norm, x, line)
-        _gated_product(job, counter + 192, x, layer, sums)
-        wait_for_team(job.barrier)
-        source, panels, bias = job.inner_rows, layer.down, layer.down_bias
-        _product(job, counter + 256, source, job.inner, panels, bias, hidden, 0, job.stream, sums)
-        wait_for_team(job.barrier)
-    while True:  # the last counter of all
-        row = take(job.counters + job.layers * PHASES * 64)
+        matrix = layer.output, layer.output_bias
+        done = _add_product(job, phase, job.attended, depth, matrix, sums)
+        meet(phase, done, hidden // PANEL, job.give_way)
+        phase += PHASE_BYTES
+        _normalize(job, layer.mlp_norm, 0, rows, x, line)
+        done = 0
+        while True:
+            task = take(phase)
+            if task >= job.inner // PANEL:
+                break
+            _multiply_gated(job, layer, rows, x, task, job.inner_rows, sums)
+            done += 1
+        meet(phase, done, job.inner // PANEL, job.give_way)
+        phase += PHASE_BYTES
+        matrix = layer.down, layer.down_bias
+        done = _add_product(job, phase, job.inner_rows, job.inner, matrix, sums)
+        meet(phase, done, hidden // PANEL, job.give_way)
+    while True:
+        row = take(job.counters + job.layers * PHASES * PHASE_BYTES)
         if row >= rows:
             break
-        _normalize_row(job, job.norm, row, job.out + row * hidden * 2, line)
+        _normalize(job, job.norm, row, row + 1, job.out + row * hidden * 2, line)
     normed[0] = 0  # Numba frees an array after the last use of its name, and `x` is another
+
+
+@helper
+def _share_rows(job):
+    """All layers for many rows: a block of them ends one layer and begins the next."""
+    hidden, rows, height = job.hidden, job.rows, job.block_rows
+    blocks = (rows + height - 1) // height
+    normed, sums, turning = _normed(job, height), scratch(2 * height * PANEL), _turning(job)
+    inner, line = np.empty(height * job.inner, np.uint16), scratch(hidden)
+    x = address(normed, 0)
+    for index in range(job.layers + 1):
+        phase, done = job.counters + index * PHASES * PHASE_BYTES, 0
+        while True:
+            first = take(phase) * height
+            if first >= rows:
+                break
+            end = min(first + height, rows)
+            if index > 0:
+                _end_layer(job, _layer_at(job, index - 1), first, end, x, inner, sums, line)
+            if index < job.layers:
+                _begin_layer(job, index, first, end, x, sums, line, turning)
+            else:
+                _normalize(job, job.norm, first, end, job.out + first * hidden * 2, line)
+            done += 1
+        if index < job.layers:
+            meet(phase, done, blocks, job.give_way)
+            _attend(job, index, phase + PHASE_BYTES)
+    normed[0], inner[0] = 0, 0  # as above
+
+
+@helper
+def _begin_layer(job, index, first, end, x, sums, line, turning):
+    """Rows [first, end) up to their queries, and their keys and values in the blocks."""
+    layer, attention = _layer_at(job, index), _attention_at(job, index)
+    hidden, rows = job.hidden, end - first
+    width = (job.heads + 2 * job.kv_heads) * job.head_dim
+    _normalize(job, layer.attention_norm, first, end, x, line)
+    target = job.qkv + first * width * 2
+    for panel in range(width // PANEL):
+        _multiply(rows, x, hidden, layer.qkv, layer.qkv_bias, panel, sums)
+        _write(rows, sums, target, width, panel)
+    for row in range(first, end):
+        for head in range(job.kv_heads):
+            _turn_and_store(job, layer, attention, row, head, turning)
+
+
+@helper
+def _end_layer(job, layer, first, end, x, inner, sums, line):
+    """Rows [first, end) from the results of attention to the stream."""
+    hidden, depth, rows = job.hidden, job.heads * job.head_dim, end - first
+    source, stream = job.attended + first * depth * 2, job.stream + first * hidden * 4
+    for panel in range(hidden // PANEL):
+        _multiply(rows, source, depth, layer.output, layer.output_bias, panel, sums)
+        _add(rows, sums, stream, hidden, panel)
+    _normalize(job, layer.mlp_norm, first, end, x, line)
+    source = inner.ctypes.data
+    for panel in range(job.inner // PANEL):
+        _multiply_gated(job, layer, rows, x, panel, source, sums)
+    for panel in range(hidden // PANEL):
+        _multiply(rows, source, job.inner, layer.down, layer.down_bias, panel, sums)
+        _add(rows, sums, stream, hidden, panel)
+
+
+@helper
+def _normed(job, rows):
+    """Scratch for bfloat16 [rows, hidden], as float32 numbers of twice the size."""
+    return scratch((rows * job.hidden + 1) // 2)
+
+
+@helper
+def _turning(job):
+    """Scratch for one head: as read, turned, and as codes."""
+    return scratch(3 * ((job.head_dim + LANES - 1) // LANES * LANES))
 
 
 @helper
@@ -277,19 +400,15 @@ def _attention_at(job, index):
 
 
 @helper
-def _normalize(job, weight, target, line):
-    """Rows of the stream, normalized, as bfloat16 [rows, hidden] at `target`."""
-    for row in range(job.rows):
-        _normalize_row(job, weight, row, target + row * job.hidden * 2, line)
-
-
-@helper
-def _normalize_row(job, weight, row, target, line):
+def _normalize(job, weight, first, end, target, line):
+    """Rows [first, end) of the stream, normalized, as bfloat16 [end - first, hidden]."""
     hidden = job.hidden
-    numbers = carray(float_pointer(job.stream + row * hidden * 4), hidden)
     scale = carray(float_pointer(weight), hidden)
-    _scale_to_unit(line, numbers, scale, hidden, job.eps)
-    store_row(BFLOAT16, address(line, 0), target, hidden, np.float32(1))
+    for row in range(first, end):
+        numbers = carray(float_pointer(job.stream + row * hidden * 4), hidden)
+        _scale_to_unit(line, numbers, scale, hidden, job.eps)
+        place = target + (row - first) * hidden * 2
+        store_row(BFLOAT16, address(line, 0), place, hidden, np.float32(1))
 
 
 @helper
@@ -304,69 +423,75 @@ def _scale_to_unit(out, numbers, scale, count, eps):
 
 
 @helper
-def _product(job, counter, x, depth, panels, bias, outputs, out, stream, sums):
-    """x [rows, depth] @ matrix + bias, stored as bfloat16 at `out`, or added to the stream."""
+def _multiply(rows, x, depth, panels, bias, index, sums):
+    """sums [rows, 64] = x [rows, depth] @ one panel + its bias"""
     pairs = depth // 2
-    while True:
-        task = take(counter)
-        if task >= outputs // PANEL:
-            return
-        multiply_panel(job.rows, x, depth, panel_at(panels, task, pairs), pairs, sums)
-        add_bias(sums, job.rows, bias, task)
-        for r in range(job.rows):
-            place = r * outputs + task * PANEL
-            if out:
-                store_row(BFLOAT16, address(sums, r * PANEL), out + place * 2, PANEL, np.float32(1))
-            else:
-                target = carray(float_pointer(stream + place * 4), PANEL)
-                for i in range(PANEL):
-                    target[i] += sums[r * PANEL + i]
+    multiply_panel(rows, x, depth, panel_at(panels, index, pairs), pairs, sums)
+    add_bias(sums, rows, bias, index)
 
 
 @helper
-def _gated_product(job, counter, x, layer, sums):
-    """silu(x @ gate) * (x @ up), as bfloat16 [rows, inner]."""
-    pairs, panels = job.hidden // 2, job.inner // PANEL
-    gates, ups = sums[: MOST_ROWS * PANEL], sums[MOST_ROWS * PANEL :]
-    while True:
-        task = take(counter)
-        if task >= panels:
-            return
-        for part, first in ((gates, 0), (ups, panels)):
-            panel = panel_at(layer.gate_up, first + task, pairs)
-            multiply_panel(job.rows, x, job.hidden, panel, pairs, part)
-            add_bias(part, job.rows, layer.gate_up_bias, first + task)
-        silu_times(address(gates, 0), address(ups, 0), job.rows * PANEL // LANES)
-        for r in range(job.rows):
-            target = job.inner_rows + (r * job.inner + task * PANEL) * 2
-            store_row(BFLOAT16, address(gates, r * PANEL), target, PANEL, np.float32(1))
+def _write(rows, sums, out, outputs, panel):
+    """Sums of one panel as bfloat16 into [rows, outputs] at `out`."""
+    for r in range(rows):
+        target = out + (r * outputs + panel * PANEL) * 2
+        store_row(BFLOAT16, address(sums, r * PANEL), target, PANEL, np.float32(1))
 
 
 @helper
-def _turn_and_store(job, layer, attention, counter, line, turned):
-    """Turns the queries and keys of the new tokens, and stores keys and values in their blocks.
-    A task is one K/V head of one sequence, with its query heads."""
+def _add(rows, sums, stream, outputs, panel):
+    """Adds sums of one panel to float32 [rows, outputs] at `stream`."""
+    for r in range(rows):
+        target = carray(float_pointer(stream + (r * outputs + panel * PANEL) * 4), PANEL)
+        for i in range(PANEL):
+            target[i] += sums[r * PANEL + i]
+
+
+@helper
+def _add_product(job, phase, x, depth, matrix, sums):
+    """Adds x [rows, depth] @ matrix to the stream, panel by panel; how many were this thread's."""
+    panels, bias = matrix
+    done = 0
+    while True:
+        task = take(phase)
+        if task >= job.hidden // PANEL:
+            return done
+        _multiply(job.rows, x, depth, panels, bias, task, sums)
+        _add(job.rows, sums, job.stream, job.hidden, task)
+        done += 1
+
+
+@helper
+def _multiply_gated(job, layer, rows, x, panel, target, sums):
+    """One panel of silu(x @ gate) * (x @ up), as bfloat16 into [rows, inner] at `target`."""
+    gates, ups = sums[: rows * PANEL], sums[rows * PANEL :]
+    matrix, bias, second = layer.gate_up, layer.gate_up_bias, job.inner // PANEL
+    _multiply(rows, x, job.hidden, matrix, bias, panel, gates)
+    _multiply(rows, x, job.hidden, matrix, bias, second + panel, ups)
+    silu_times(address(gates, 0), address(ups, 0), rows * PANEL // LANES)
+    _write(rows, gates, target, job.inner, panel)
+
+
+@helper
+def _turn_and_store(job, layer, attention, row, head, turning):
+    """Turns the queries and keys of one token and one K/V head, and stores its key and value."""
     group, dim = job.heads // job.kv_heads, job.head_dim
-    width = (job.heads + 2 * job.kv_heads) * dim
-    codes = scratch((dim + LANES - 1) // LANES * LANES)
-    while True:
-        task = take(counter)
-        if task >= job.rows * job.kv_heads:
-            return
-        row, head = task // job.kv_heads, task % job.kv_heads
-        base, key_head = job.qkv + row * width * 2, job.heads + head
-        key = base + key_head * dim * 2
-        if layer.rotated or layer.head_norm:
-            position = read_int32(attention.lens, row) - 1
-            for query_head in range(head * group, (head + 1) * group):
-                query = base + query_head * dim * 2
-                _turn(job, layer, query, query_head, position, line, turned)
-            _turn(job, layer, key, key_head, position, line, turned)
-        slot = read_int32(attention.slots, row)
+    width, size = (job.heads + 2 * job.kv_heads) * dim, len(turning) // 3
+    base, key_head = job.qkv + row * width * 2, job.heads + head
+    key = base + key_head * dim * 2
+    if layer.rotated or layer.head_norm:
+        position = carray(_long_pointer(job.positions), job.rows)[row]
+        line, turned = turning[:size], turning[size : 2 * size]
+        for query_head in range(head * group, (head + 1) * group):
+            query = base + query_head * dim * 2
+            _turn(job, layer, query, query_head, position, line, turned)
+        _turn(job, layer, key, key_head, position, line, turned)
+    slot = read_int32(attention.slots, row)
+    if slot >= 0:
         block, offset = slot // attention.block_size, slot % attention.block_size
         tile = attention.pages + (block * job.kv_heads + head) * attention.tile_bytes
+        codes, value = turning[2 * size :], key + job.kv_heads * dim * 2
         encode(attention, key, tile, offset, codes)
-        value = key + job.kv_heads * dim * 2
         encode(attention, value, tile + attention.values, offset, codes)
 
 
@@ -392,13 +517,14 @@ def _turn(job, layer, place, head, position, line, turned):
 
 
 @helper
-def _attend(job, index):
-    attend_tasks(_attention_at(job, index))
-    wait_for_team(job.barrier)
-    partial = _attention_at(job, job.layers + index)
+def _attend(job, index, phase):
+    """Attention of one layer by all threads, from `phase` on; the phase behind it."""
+    attention, partial = _attention_at(job, index), _attention_at(job, job.layers + index)
+    meet(phase, attend_tasks(attention), attention.tasks, job.give_way)
+    phase += PHASE_BYTES
     if partial.rows:
-        combine_tasks(partial)
-        wait_for_team(job.barrier)
+        meet(phase, combine_tasks(partial), partial.seqs * job.kv_heads, job.give_way)
+    return phase + PHASE_BYTES
 
 
 @intrinsic
@@ -424,15 +550,11 @@ def silu_times(typingctx, gate, up, vectors):
 
 
 @intrinsic
-def wait_for_team(typingctx, barrier):
-    """Calls `void barrier(void)`: returns when every thread of the team has called it."""
-
+def _long_pointer(typingctx, place):
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), []).as_pointer()
-        builder.call(builder.inttoptr(args[0], kind), [])
-        return context.get_dummy_value()
+        return builder.inttoptr(args[0], I64.as_pointer())
 
-    return types.none(types.int64), codegen
+    return types.CPointer(types.int64)(types.int64), codegen
 
 
 @intrinsic

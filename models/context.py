@@ -58,6 +58,13 @@ class ForwardContext:
     pages: tuple[Pages, ...]
     backend: Backend
 
+    def starts(self) -> Tensor | None:
+        """int32 [seqs + 1], the first row of every sequence; None where each has one row."""
+        if self.num_decodes == len(self.positions):
+            return None
+        decodes = torch.arange(self.num_decodes, dtype=torch.int32, device=self.positions.device)
+        return torch.cat((decodes, self.query_start + self.num_decodes))
+
     def attend(
         self,
         layer: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.context import ForwardContext
-from models.decode_step import compile_step, step_rows
+from models.compiled_step import can_compile, compile_step
 from models.layers import (
     ACTIVATIONS,
     PANEL,
@@ -23,7 +23,7 @@ from models.layers import (
 from models.rotary import Rotary, Rotation, rotate
 
 if TYPE_CHECKING:
-    from kernels.cpu_step import DecodeStep
+    from kernels.cpu_step import Step
     from kernels.pages import Pages
 
 
@@ -98,7 +98,7 @@ class Decoder(CausalLM):
     """Llama and the families that differ from it by switches of the config.
 
     Attributes:
-        step_rows: decodes that a compiled step takes at most; 0 where none serves this decoder
+        compiled: whether all layers run in one compiled call, where that knows the cache's format
     """
 
     prefix = "model."
@@ -120,24 +120,24 @@ class Decoder(CausalLM):
         self.norm = layer_type.norm_type(
             config.hidden_size, config.norm_eps, dtype=dtype, device=device
         )
-        self.step_rows = 0
-        self._step: DecodeStep | None = None
+        self.compiled = False
+        self._step: Step | None = None
         self._stepped: tuple[Pages, ...] | None = None
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
         x = self.embed(token_ids)
-        if ctx.num_decodes == len(x) <= self.step_rows and (step := self._step_over(ctx)):
-            group = ctx.groups[0]
-            return step(x, ctx.context_lens, group.block_tables, group.slot_mapping.int())
+        if self.compiled and (step := self._step_over(ctx)):
+            tables, slots = ctx.groups[0].block_tables, ctx.groups[0].slot_mapping.int()
+            return step(x, ctx.positions, ctx.context_lens, tables, slots, ctx.starts())
         rotation = self.rotary(ctx.positions)
         for layer in self.layers:
             x = layer(x, rotation, ctx)
         return self.norm(x)
 
-    def _step_over(self, ctx: ForwardContext) -> DecodeStep | None:
-        """The compiled step of few decodes, made when a cache is first seen."""
+    def _step_over(self, ctx: ForwardContext) -> Step | None:
+        """The compiled step, made when a cache is first seen."""
         if self._stepped is not ctx.pages:
             self._step, self._stepped = compile_step(self, ctx), ctx.pages
         return self._step
@@ -159,7 +159,7 @@ class Decoder(CausalLM):
         self.norm.expand()
         for layer in self.layers:
             layer.prepare()
-        self.step_rows = step_rows(self)
+        self.compiled = can_compile(self)
 
 
 class DecoderLayer:

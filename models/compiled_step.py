@@ -1,4 +1,4 @@
-"""Which decoders the compiled decode step of CPUs serves, and what it is told of them."""
+"""Which decoders the compiled step of CPUs serves, and what it is told of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 from models.layers import PANEL, Linear, RMSNorm
 
 if TYPE_CHECKING:
-    from kernels.cpu_step import DecodeStep, StepLayer
+    from kernels.cpu_step import Step, StepLayer
     from models.context import ForwardContext
     from models.decoder import Decoder, DecoderLayer
 
 
-def compile_step(decoder: Decoder, ctx: ForwardContext) -> DecodeStep | None:
-    """The step of a decoder that has `step_rows` over the pages of `ctx`; None where it does not
-    know their format, or this machine has no team of threads that can wait."""
+def compile_step(decoder: Decoder, ctx: ForwardContext) -> Step | None:
+    """The step of a decoder that `can_compile` over the pages of `ctx`; None where it does not
+    know their format."""
     if ctx.backend.name != "numba" or len(ctx.groups) != 1:
         return None
-    from kernels.cpu_step import DecodeStep, serves
+    from kernels.cpu_step import Step, serves
 
     if not serves(ctx.pages[0]):
         return None
-    return DecodeStep(
+    return Step(
         [_layer(layer) for layer in decoder.layers],
         decoder.norm.scale,
         decoder.config.norm_eps,
@@ -32,13 +32,13 @@ def compile_step(decoder: Decoder, ctx: ForwardContext) -> DecodeStep | None:
     )
 
 
-def step_rows(decoder: Decoder) -> int:
-    """How many decodes the compiled step of a prepared decoder takes at once: 0 where its layers
-    are not what the step knows, or its weights not packed as the step reads them."""
+def can_compile(decoder: Decoder) -> bool:
+    """Whether a prepared decoder's layers are what the step knows, and its weights packed as the
+    step reads them."""
     from models.decoder import DecoderLayer
 
     config = decoder.config
-    known = (
+    return (
         config.activation == "silu"
         and not config.attention_softcap
         and len(set(config.layer_windows)) == 1
@@ -46,10 +46,8 @@ def step_rows(decoder: Decoder) -> int:
         and type(decoder.norm) is RMSNorm
         and all(type(layer) is DecoderLayer for layer in decoder.layers)
         and all(layer.mlp.down.inputs % PANEL == 0 for layer in decoder.layers)
+        and all(linear.few for layer in decoder.layers for linear in _linears(layer))
     )
-    if not known:
-        return 0
-    return min(linear.most_few for layer in decoder.layers for linear in _linears(layer))
 
 
 def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:

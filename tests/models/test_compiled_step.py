@@ -1,4 +1,4 @@
-"""The compiled decode step of CPUs against the same decoder in float32, and against itself."""
+"""The compiled step of CPUs against the same decoder in float32, and against itself."""
 
 from __future__ import annotations
 
@@ -72,8 +72,10 @@ def decoders(kind: str) -> tuple[Decoder, Decoder]:
     return short, exact  # type: ignore[return-value]
 
 
-def batch(lengths: list[int], pages: tuple[Pages, ...], layers: int) -> ForwardContext:
-    """A decode of sequences of these lengths, in shuffled blocks."""
+def batch(
+    lengths: list[int], pages: tuple[Pages, ...], layers: int, chunks: list[int] | None = None
+) -> ForwardContext:
+    """The last token of sequences of these lengths, in shuffled blocks, or the last `chunks`."""
     width = -(-max(lengths) // BLOCK)
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(sum(lengths)))
@@ -81,14 +83,18 @@ def batch(lengths: list[int], pages: tuple[Pages, ...], layers: int) -> ForwardC
     for row, blocks in enumerate(order[: sum(counts)].split(counts)):
         tables[row, : len(blocks)] = blocks
     lens = torch.tensor(lengths, dtype=torch.int32)
-    positions = (lens - 1).long()
-    places = tables.gather(1, positions[:, None] // BLOCK).squeeze(1).long()
+    chunks = chunks or [1] * len(lengths)
+    decodes = chunks.count(1)
+    spans = [range(n - chunk, n) for n, chunk in zip(lengths, chunks, strict=True)]
+    positions = torch.tensor([position for span in spans for position in span])
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(chunks))
+    places = tables[rows, positions // BLOCK].long()
     return ForwardContext(
         positions=positions,
         context_lens=lens,
-        query_start=torch.zeros(1, dtype=torch.int32),
-        num_decodes=len(lengths),
-        max_query_len=1,
+        query_start=torch.tensor([0, *chunks[decodes:]]).cumsum(0).int(),
+        num_decodes=decodes,
+        max_query_len=max(chunks),
         max_context_len=max(lengths),
         groups=(GroupTables(tables, places * BLOCK + positions % BLOCK),),
         layer_groups=(0,) * layers,
@@ -108,11 +114,11 @@ def plain_pages(decoder: Decoder, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def separately(decoder: Decoder, ids: Tensor, ctx: ForwardContext) -> Tensor:
     """The forward pass of one operation after the other."""
-    most, decoder.step_rows = decoder.step_rows, 0
+    decoder.compiled = False
     try:
         return decoder.forward(ids, ctx)
     finally:
-        decoder.step_rows = most
+        decoder.compiled = True
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -120,7 +126,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def needs_step(decoder: Decoder) -> None:
-    if not decoder.step_rows:
+    if not decoder.compiled:
         pytest.skip("needs AVX512-BF16 and oneDNN's known layout")
 
 
@@ -140,6 +146,42 @@ def test_it_is_as_exact_as_separate_operations(kind: str, threads: int) -> None:
         assert error(found, truth) < max(1.2 * error(apart, truth), 1e-2)
         for ours, theirs in zip(pages, wide, strict=True):
             assert error(ours, theirs) < 1e-2, "stored keys and values"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_beside_decodes(kind: str, threads: int) -> None:
+    short, exact = decoders(kind)
+    needs_step(short)
+    for lengths, chunks in (([9], [9]), ([7, 3, 90, 700, 33], [1, 1, 90, 300, 33])):
+        ids = torch.arange(sum(chunks)) % 96
+        pages, others, wide = (
+            plain_pages(short, t) for t in (torch.bfloat16, torch.bfloat16, torch.float32)
+        )
+        found = short.forward(ids, batch(lengths, pages, 3, chunks))
+        assert short._step is not None, "the step was not taken"
+        apart = separately(short, ids, batch(lengths, others, 3, chunks))
+        truth = exact.forward(ids, batch(lengths, wide, 3, chunks))
+        assert error(found, truth) < max(1.2 * error(apart, truth), 1e-2)
+        for ours, theirs in zip(pages, wide, strict=True):
+            assert error(ours, theirs) < 1e-2, "stored keys and values"
+
+
+def test_a_row_depends_neither_on_the_way_nor_on_the_chunk_beside_it() -> None:
+    short, _ = decoders("llama")
+    needs_step(short)
+    lengths, chunks = [40, 200], [1, 100]
+    ids = torch.arange(sum(chunks)) % 96
+    pages = plain_pages(short, torch.bfloat16)
+    whole = batch(lengths, pages, 3, chunks)
+    together = short.forward(ids, whole)  # by rows
+    group = whole.groups[0]
+    alone = replace(
+        whole,
+        positions=whole.positions[:1],
+        context_lens=whole.context_lens[:1],
+        groups=(GroupTables(group.block_tables[:1], group.slot_mapping[:1]),),
+    )
+    assert short.forward(ids[:1], alone).equal(together[:1])  # by panels
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -199,14 +241,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(threads: int) -> None:
         assert short.forward(ids[rows], alone).equal(together[rows])
 
 
-def test_other_batches_and_other_decoders_are_left_alone() -> None:
+def test_other_pages_and_other_decoders_are_left_alone() -> None:
     short, exact = decoders("llama")
     needs_step(short)
     exact.forward(torch.tensor([1]), batch([5], plain_pages(exact, torch.float32), 3))
     assert exact._step is None, "float32 weights"
     short.forward(torch.tensor([1]), batch([5], plain_pages(short, torch.float32), 3))
     assert short._step is None, "pages that the step does not write"
-    rows = MOST_ROWS + 1
-    pages = plain_pages(short, torch.bfloat16)
-    short.forward(torch.zeros(rows, dtype=torch.int64), batch([2] * rows, pages, 3))
-    assert short._step is None, "too many rows"
