@@ -1,7 +1,8 @@
 """All layers of a Llama-like decoder in one call, on CPUs with AVX512-BF16.
 
 At one sequence every operation only reads its weights, and calling a hundred operations from Python
-takes as long again. Here the threads of one team go through all layers together, in one of two ways:
+takes as long again. Here the threads of one team go through all layers together, in one of two
+ways:
 
     few rows    every thread works on all rows and takes panels of a matrix:
                 norm, q k v | rotate, store k v | attend | output, += | norm, gate, up | down, += |
@@ -47,7 +48,7 @@ from kernels.cpu_vectors import I64, LANES, LOG2E, const, exp2
 from kernels.pages import Pages, QuantizedPages
 
 FEW_ROWS = 24
-"""Rows up to which the threads share panels: then reading the weights takes longer than using them."""
+"""Rows up to which threads share panels: reading the weights takes longer than using them."""
 PHASES = 7  # of a layer, the most that either way has
 
 _MATRICES = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.compiled_step import can_compile, compile_step
 from models.config import ModelConfig
 from models.context import ForwardContext
-from models.compiled_step import can_compile, compile_step
 from models.layers import (
     ACTIVATIONS,
     PANEL,
