@@ -20,6 +20,7 @@ _MODULES = {
         "kernels.paged_decode",
         "kernels.paged_prefill",
         "kernels.copy_blocks",
+        "kernels.fused_layers",
     ),
     # Copying is what torch does on a CPU at the speed of memory.
     "numba": (*("kernels.cpu_attention",) * 3, "kernels.reference"),
@@ -29,8 +30,20 @@ _BY_DEVICE = {"cuda": "triton", "cpu": "numba"}
 
 
 @dataclass(frozen=True)
+class LayerOps:
+    """Fused operations of decoder layers (contract: `kernels.reference`)."""
+
+    add_rms_norm: Callable[..., Tensor]
+    gated: Callable[..., Tensor]
+    turn_and_store: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops on the paged KV cache (contract: `kernels.reference`)."""
+    """One implementation of the ops on the paged KV cache (contract: `kernels.reference`).
+
+    `layers` are the fused ones that go around them, where the backend has any.
+    """
 
     name: str
     store_kv: Callable[..., None]
@@ -39,6 +52,7 @@ class Backend:
     copy_blocks: Callable[..., None]
     gather_blocks: Callable[..., None]
     scatter_blocks: Callable[..., None]
+    layers: LayerOps | None = None
 
 
 def backend(device: torch.device, name: str | None = None) -> Backend:
@@ -51,7 +65,7 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         raise ValueError(
             f"no attention backend {name!r} for device {str(device)!r}; known: {sorted(_MODULES)}"
         )
-    store, decode, prefill, copy = map(importlib.import_module, _MODULES[chosen])
+    store, decode, prefill, copy, *fused = map(importlib.import_module, _MODULES[chosen])
     return Backend(
         chosen,
         store.store_kv,
@@ -60,6 +74,7 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         copy.copy_blocks,
         copy.gather_blocks,
         copy.scatter_blocks,
+        *(LayerOps(m.add_rms_norm, m.gated, m.turn_and_store) for m in fused),
     )
 
 

@@ -12,6 +12,7 @@ Keys and values of one layer live in pages:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.pages import Codes, Pages, QuantizedPages, decode, encode, page_shape
@@ -168,3 +169,56 @@ def gather_blocks(blocks: Tensor, source: Tensor, pieces: Tensor) -> None:
 def scatter_blocks(pieces: Tensor, blocks: Tensor, target: Tensor) -> None:
     """Copies pieces[i] to block target[i]: the way back of `gather_blocks`."""
     blocks[:, :, target] = pieces[: len(target)].movedim(0, 2)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds x to the residual stream, in place, and returns the stream's RMSNorm.
+
+    x, residual  [rows, size], contiguous
+    weight       float32 [size]
+    """
+    residual += x
+    normed = F.rms_norm(residual.float(), weight.shape, weight, eps)
+    return normed.to(x.dtype)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up`: [rows, 2 * inner], the gates first -> [rows, inner].
+
+    activation  one of GATES
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    if activation == "silu":
+        return (F.silu(gate) * up).to(gate_up.dtype)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+GATES = ("silu", "gelu_tanh")
+
+
+def turn_and_store(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    eps: float,
+    pages: Pages,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """RMSNorm and rotation of queries and keys; keys and values go into their slots.
+
+    qkv       [tokens, heads + 2 * kv_heads, head_dim], contiguous: queries, keys, values
+    rotation  cos and sin, each float32 [tokens, 1, head_dim], the sign of the pair in sin; or none
+    weight    of the norm, float32 [heads + kv_heads, head_dim]; or none
+
+    The other arguments are those of `store_kv`. Returns the queries: [tokens, heads, head_dim].
+    """
+    kv_heads = page_shape(pages)[0]
+    turned = qkv[:, :-kv_heads].float()
+    if weight is not None:
+        turned = F.rms_norm(turned, turned.shape[-1:], None, eps) * weight
+    if rotation is not None:
+        cos, sin = rotation
+        turned = turned * cos + turned.roll(turned.shape[-1] // 2, -1) * sin
+    turned = turned.to(qkv.dtype)
+    store_kv(turned[:, -kv_heads:], qkv[:, -kv_heads:], pages, slot_mapping)
+    return turned[:, :-kv_heads].contiguous()

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import copy_blocks, paged_decode, paged_prefill, store_kv
+from kernels import copy_blocks, fused_layers, paged_decode, paged_prefill, reference, store_kv
 from kernels.decode_choices import derive
 from kernels.pages import FORMATS, tile_bytes
 
@@ -26,9 +26,13 @@ SPILLS = (
 KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {
     **dict.fromkeys(("tables", "lens", "starts", "slots"), "*i32"),
-    **dict.fromkeys(("partial", "stats"), "*fp32"),
+    **dict.fromkeys(("partial", "stats", "weight", "cos", "sin"), "*fp32"),
     **dict.fromkeys(("source", "target"), "*i64"),
 }
+ROWS = (
+    *("query", "key", "value", "keys", "values", "out", "read", "write"),
+    *("x", "residual", "gate_up", "qkv"),
+)
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
 
 
@@ -66,9 +70,9 @@ def _kind(name: str, dtype: str, format: str) -> str:
         return POINTERS[name]
     if name in ("keys", "values") and format != "plain":
         return "*u8"
-    if name in ("query", "key", "value", "keys", "values", "out", "read", "write"):
+    if name in ROWS:
         return f"*{dtype}"
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "eps") else "i32"
 
 
 def _usage(ptx: str, target: int, shared: int) -> Usage:
@@ -124,6 +128,31 @@ def store(dtype, target, kv_heads, dim, block, format="plain"):
     return compile_kernel(store_kv.store_kernel, dtype, constants, target, num_warps=4)
 
 
+def add_norm(dtype, target, size):
+    padded = triton.next_power_of_2(size)
+    constants, warps = {"SIZE": size, "SIZE_PAD": padded}, fused_layers.norm_warps(padded)
+    return compile_kernel(fused_layers.add_norm_kernel, dtype, constants, target, num_warps=warps)
+
+
+def gated(dtype, target, activation):
+    constants = {"INNER": 3072, "COLUMNS": fused_layers.COLUMNS, "ACTIVATION": activation}
+    return compile_kernel(fused_layers.gated_kernel, dtype, constants, target, num_warps=4)
+
+
+def turn_store(dtype, target, heads, kv_heads, dim, block, format="plain"):
+    constants = {
+        "FORMAT": format,
+        "GROUP": heads // kv_heads,
+        "GROUP_PAD": triton.next_power_of_2(heads // kv_heads),
+        "BLOCK_SIZE": block,
+        "DIM": dim,
+        "DIM_PAD": triton.next_power_of_2(dim),
+        "NORM": True,
+        "ROTATE": True,
+    }
+    return compile_kernel(fused_layers.turn_store_kernel, dtype, constants, target, num_warps=2)
+
+
 def copy(dtype, target):
     constants = {"CHUNK": copy_blocks.CHUNK}
     return compile_kernel(copy_blocks.copy_kernel, dtype, constants, target, num_warps=4)
@@ -156,6 +185,12 @@ def cases(full: bool):
     yield "reduce 128", _case(reduce, 128)
     yield "store (8, 128, 16)", _case(store, 8, 128, 16)
     yield "copy", _case(copy)
+    for size in (1024, 4096, 8192) if full else (4096,):
+        yield f"add and norm {size}", _case(add_norm, size)
+    for activation in reference.GATES:
+        yield f"gated {activation}", _case(gated, activation)
+    for shape in shapes:
+        yield f"turn and store {shape}", _case(turn_store, *shape)
     for i, format in enumerate(FORMATS):
         for shape in shapes if full else (shapes[i % 2],):
             if format == "int4" and shape[2] % 32:
@@ -166,6 +201,7 @@ def cases(full: bool):
                 name = f"prefill {format} queries={queries} {shape}"
                 yield name, _case(prefill, *shape, queries, *last)
         yield f"store {format} (8, 128, 16)", _case(store, 8, 128, 16, format)
+        yield f"turn and store {format}", _case(turn_store, *shapes[0], format)
 
 
 def _case(function, *args):

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import copy_blocks, paged_decode, paged_prefill, reference, store_kv
+from kernels import copy_blocks, fused_layers, paged_decode, paged_prefill, reference, store_kv
 from kernels.decode_choices import Choice, SplitPlan
 from kernels.dispatch import backend, warm_up
-from kernels.pages import FORMATS, tile_bytes
+from kernels.pages import FORMATS, Codes, Pages, decode, tile_bytes
 from tests.kernels import problems
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -217,6 +217,83 @@ def test_store(dtype, slots_dtype):
     store_kv.store_kv(key, value, got, slots)
     reference.store_kv(key, value, want, slots)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 200), (2, 1031)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(rows, size, dtype):
+    x, residual = torch.randn(2, rows, size).to(dtype)
+    weight = torch.rand(size)
+    sums = residual.clone()
+    want = reference.add_rms_norm(x, sums, weight, 1e-5)
+    residual = residual.to(DEVICE)
+    got = fused_layers.add_rms_norm(x.to(DEVICE), residual, weight.to(DEVICE), 1e-5)
+    assert torch.equal(residual.cpu(), sums)
+    assert problems.error(got, want.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("activation", reference.GATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated(dtype, activation):
+    gate_up = 4 * torch.randn(3, 2 * 1100)
+    gate_up[0, :2] = torch.tensor([-200.0, 200.0])
+    gate_up = gate_up.to(dtype)
+    got = fused_layers.gated(gate_up.to(DEVICE), activation)
+    want = reference.gated(gate_up, activation)
+    assert problems.error(got, want.double()) < TOLERANCE[dtype]
+
+
+# heads, kv_heads, head_dim, block_size, normalized, rotated, format
+TURNS = [
+    (1, 1, 64, 16, False, True, "plain"),
+    (6, 2, 80, 16, True, True, "plain"),
+    (14, 2, 96, 8, True, True, "int4"),
+    (4, 4, 128, 16, False, False, "plain"),
+    (4, 2, 64, 16, True, False, "fp8_e4m3"),
+    (3, 1, 80, 16, True, True, "int8"),
+]
+
+
+@pytest.mark.parametrize("case", with_dtypes(TURNS), ids=str)
+def test_turn_and_store(case):
+    heads, kv_heads, dim, block, normed, rotated, name, dtype = case
+    tokens = 5
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim).to(dtype)
+    slots = torch.randperm(4 * block)[:tokens]
+    slots[3] = -1
+    angles = torch.rand(tokens, 1, dim // 2) * 6
+    cos, sin = angles.cos(), angles.sin()
+    rotation = (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)) if rotated else None
+    weight = torch.rand(heads + kv_heads, dim) if normed else None
+    if name == "plain":
+        want_pages = torch.full((2, 4, kv_heads, block, dim), 7.0, dtype=dtype)
+        got_pages = want_pages.clone().to(DEVICE)
+    else:
+        want_pages = problems.empty_pages(name, 4, kv_heads, block, dim)
+        got_pages = replace(want_pages, tiles=want_pages.tiles.clone().to(DEVICE))
+    want = reference.turn_and_store(qkv, rotation, weight, 1e-6, want_pages, slots)
+    got = fused_layers.turn_and_store(
+        qkv.to(DEVICE),
+        rotation and tuple(half.to(DEVICE) for half in rotation),
+        None if weight is None else weight.to(DEVICE),
+        1e-6,
+        got_pages,
+        slots.to(DEVICE),
+    )
+    assert problems.error(got, want.double()) < TOLERANCE[dtype]
+    assert cached_error(got_pages, want_pages) < TOLERANCE[dtype] * (1 if name == "plain" else 20)
+
+
+def cached_error(got: Pages, want: Pages) -> float:
+    """A code may differ by one where its number lies between two; what nobody stored stays."""
+    if isinstance(got, torch.Tensor):
+        return problems.error(got, want.double())
+    numbers = [
+        decode(Codes(*(part if part is None else part.cpu() for part in pages.parts)), want.format)
+        for pages in (got, want)
+    ]
+    assert torch.equal(*(n.isnan() for n in numbers))
+    return problems.error(*(n.nan_to_num(nan=1.0).double() for n in numbers))
 
 
 def test_warm_up_and_dispatch_by_name():
