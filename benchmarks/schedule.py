@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from paged_cache.explain import PrefixMemory
 from paged_cache.manager import KVCacheManager
@@ -42,11 +42,14 @@ def scheduler(*, remembers: bool) -> Scheduler:
     return Scheduler(cache, max_num_seqs=SLOTS, max_num_batched_tokens=BUDGET)
 
 
-def prompts(numbers: random.Random, count: int, length: int) -> Iterator[Request]:
-    for place in range(count):
+def prompts(
+    numbers: random.Random, lengths: Iterable[int], max_tokens: int = 128, name: str = "r"
+) -> Iterator[Request]:
+    """Greedy requests with random prompts of these lengths; ids begin with `name`."""
+    for place, length in enumerate(lengths):
         ids = tuple(numbers.randrange(2**17) for _ in range(length))
-        sampling = SamplingParams(temperature=0, seed=0, max_tokens=128, ignore_eos=True)
-        yield Request(id=f"r{place}", prompt_ids=ids, sampling=sampling)
+        sampling = SamplingParams(temperature=0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+        yield Request(id=f"{name}{place}", prompt_ids=ids, sampling=sampling)
 
 
 def run(tested: Scheduler, requests: list[Request]) -> tuple[float, int]:
@@ -72,7 +75,7 @@ def main() -> None:
     variants = {True: scheduler(remembers=True), False: scheduler(remembers=False)}
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(options.rounds + 1):
-        load = list(prompts(numbers, options.requests, options.prompt_tokens))
+        load = list(prompts(numbers, [options.prompt_tokens] * options.requests))
         for remembers, tested in random.sample(list(variants.items()), 2):
             seconds, steps = run(tested, load)
             times[remembers].append(seconds / steps * 1e6)

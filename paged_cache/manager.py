@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from paged_cache.block_copy import BlockCopy, DiskCopy
 from paged_cache.explain import Explanation, Missing, PrefixMemory, missing, reach
 from paged_cache.host_tier import HostBlock, HostTier
@@ -26,8 +28,7 @@ class NewBlocks:
     blocks: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
+class Grown(msgspec.Struct, frozen=True):
     """What the device must be told after a table grew."""
 
     new: list[NewBlocks]
@@ -215,17 +216,17 @@ class KVCacheManager:
         """
         for group in self._sliding:
             self.pool.drop(seq.tables[group].trim(self._first_seen(group, start))[::-1])
-        place = start // self.block_size
-        shared = [
-            group
-            for group, table in enumerate(seq.tables)
-            if start % self.block_size
-            and place < len(table)
-            and self.pool.refs(table.blocks[place]) > 1
-        ]
-        missing = sum(max(self.blocks_for(end) - len(table), 0) for table in seq.tables)
+        place, inside = divmod(start, self.block_size)
+        needed, missing, shared = self.blocks_for(end), 0, []
+        for group, table in enumerate(seq.tables):
+            held = len(table.blocks)
+            missing += max(needed - held, 0)
+            if inside and place < held and self.pool.refs(table.blocks[place]) > 1:
+                shared.append(group)
         if missing + len(shared) > self.pool.num_free:
             return None
+        if not missing and not shared:  # nearly every decode
+            return Grown([], [])
         new, copies = [], []
         for group in shared:
             blocks = self.pool.take(1)

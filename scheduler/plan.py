@@ -32,8 +32,7 @@ class SlotBlocks:
     blocks: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSeq:
+class ScheduledSeq(msgspec.Struct, frozen=True, gc=False):
     """`count` tokens of the sequence in `slot`, from position `start` on.
 
     Attributes:

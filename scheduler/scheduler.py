@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from paged_cache.block_copy import BlockCopy
 from paged_cache.explain import Explanation
 from paged_cache.manager import KVCacheManager, NewBlocks
@@ -24,8 +26,7 @@ from scheduler.stopping import FinishReason, finish_reason
 from scheduler.waiting import WaitingQueue
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """What a step did for one sequence: its new tokens and their log-probabilities, those of a
     part of its prompt, and why it ended if it did."""
 
@@ -197,9 +198,13 @@ class Scheduler:
         self.cache.tiers.poll()
         step = _Step(StepPlan(self._next_plan), self.max_num_batched_tokens)
         self._next_plan += 1
-        ready = [seq for seq in self.running if not seq.exhausted]
+        single: list[Sequence] = []
+        several: list[Sequence] = []
+        for seq in self.running:
+            if not seq.exhausted and (todo := seq.todo):
+                (single if todo == 1 else several).append(seq)
         # Decodes first: the latency of a token that somebody waits for beats a new prompt's.
-        for seq in [s for s in ready if s.todo == 1] + [s for s in ready if s.todo > 1]:
+        for seq in single + several:
             if not step.budget:
                 break
             if seq.status is Status.RUNNING:  # it may have been preempted for one before it
@@ -370,9 +375,8 @@ class Scheduler:
                 )
             )
             plan.copies.extend(share.copies)
-            plan.new_blocks.extend(
-                SlotBlocks(seq.slot, new.group, new.first, new.blocks) for new in share.new
-            )
+            for new in share.new:
+                plan.new_blocks.append(SlotBlocks(seq.slot, new.group, new.first, new.blocks))
         self._planned[plan.id] = awaited
 
     def commit(self, result: StepResult) -> list[Progress]:
@@ -489,8 +493,7 @@ class _Awaited:
     scores: list[Sequence]
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
+class _Share(msgspec.Struct, frozen=True):
     """What one sequence gets of a step."""
 
     count: int

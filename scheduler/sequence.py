@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 from paged_cache.table import SequenceBlocks
@@ -39,6 +40,10 @@ class Sequence:
         order: place in the order of arrival over all sequences.
         rank: the running one of the least rank never gives way.
         most_blocks: KV blocks that it can ever hold.
+        most_tokens: its length where it ends at the latest. An answer of 0 tokens draws one, which
+            is thrown away, so that it ends like all others.
+        to_score: positions of the prompt whose next token's log-probability is asked for: all but
+            the last, told by the first of n answers.
         leader: the sequence of the same request whose prompt this one waits for and shares.
         account: its times and what it held.
     """
@@ -50,6 +55,7 @@ class Sequence:
         "index",
         "leader",
         "most_blocks",
+        "most_tokens",
         "num_cached",
         "num_computed",
         "num_preemptions",
@@ -61,6 +67,7 @@ class Sequence:
         "request",
         "slot",
         "status",
+        "to_score",
         "tokens",
     )
 
@@ -82,6 +89,11 @@ class Sequence:
         self.leader = leader
         self.tokens = list(request.prompt_ids)
         self.num_prompt = len(self.tokens)
+        sampling = request.sampling
+        limit = math.inf if sampling.max_tokens is None else max(sampling.max_tokens, 1)
+        self.most_tokens = self.num_prompt + limit
+        scored = sampling.prompt_logprobs is not None and index == 0
+        self.to_score = self.num_prompt - 1 if scored else 0
         self.num_computed = 0
         self.in_flight = 0
         self.num_cached: int | None = None
@@ -114,14 +126,5 @@ class Sequence:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the planned steps already generate every token that it may have. An answer of 0
-        tokens draws one, which is thrown away, so that it ends like all others."""
-        limit = self.request.sampling.max_tokens
-        return limit is not None and self.num_generated >= max(limit, 1)
-
-    @property
-    def to_score(self) -> int:
-        """Positions of the prompt whose next token's log-probability is asked for: all but the
-        last, told by the first of n answers."""
-        asked = self.request.sampling.prompt_logprobs is not None and self.index == 0
-        return self.num_prompt - 1 if asked else 0
+        """Whether the planned steps already generate every token that it may have."""
+        return self.length >= self.most_tokens
