@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.sse import BenchError, Reply
 
-EVENT: Final = re.compile(rb"(.+?)(?:\r?\n\r?\n|\Z)", re.DOTALL)
+EVENT: Final = re.compile(rb"(?:[^\r\n]+(?:\r?\n|\Z))+")  # lines up to an empty one
 BROUGHT: Final = ("content", "reasoning_content", "reasoning", "tool_calls")  # in a chat's delta
 
 
@@ -109,8 +109,9 @@ def read(reply: Reply, *, due: float | None = None, turn: int = 0) -> Answer:
 
 def _events(reply: Reply) -> Iterator[tuple[float, dict[str, Any]]]:
     """When each event was there as a whole, and what it says; without comments and [DONE]."""
+    ends = list(itertools.accumulate(map(len, reply.pieces)))
     for found in EVENT.finditer(reply.body):
-        lines = (line for line in found[1].splitlines() if line.startswith(b"data:"))
+        lines = (line for line in found[0].splitlines() if line.startswith(b"data:"))
         data = b"\n".join(line[5:].strip() for line in lines)
         if not data.startswith(b"{"):
             continue
@@ -118,7 +119,7 @@ def _events(reply: Reply) -> Iterator[tuple[float, dict[str, Any]]]:
             event = json.loads(data)
         except ValueError:
             raise BenchError(f"an event that is no JSON: {data[:300]!r}") from None
-        yield reply.times[bisect_left(reply.ends, found.end())], event
+        yield reply.times[bisect_left(ends, found.end())], event
 
 
 def _text(choice: dict[str, Any]) -> str:

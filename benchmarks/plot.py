@@ -24,6 +24,8 @@ def draw(measured: Sequence[tuple[Loop, Sequence[Round]]], file: Path) -> None:
     left.set_ylabel("share of all")
     left.legend()
     for axes, name in ((left, "TTFT"), (right, "ITL")):
+        axes.set_xscale("symlog", linthresh=1.0)  # linear up to 1 ms, because gaps may be 0
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(title=name, xlabel="ms", xlim=(0, None))
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

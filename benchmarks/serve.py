@@ -180,6 +180,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--api chat takes --prompt-kind text only")
     if asked.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    if asked.plot and not asked.plot.parent.is_dir():
+        parser.error(f"--plot: there is no folder {asked.plot.parent}")
     try:
         Client(asked.url or "http://localhost")
     except ValueError as error:
@@ -275,15 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    if asked.plot:
-        from benchmarks import plot
-
-        plot.draw(measured, asked.plot)
     if asked.json:
         about = settings(asked, work)
         print(json.dumps([to_json(one) | {"settings": about} for one in results], indent=2))
     else:
         print(show(asked, work, results))
+    if asked.plot:
+        from benchmarks import plot
+
+        plot.draw(measured, asked.plot)
     return 0
 
 

@@ -30,15 +30,18 @@ class Reply:
 
     Attributes:
         sent: when the request was written.
-        body: without the framing of chunks.
-        ends, times: body[:ends[i]] was there at times[i]; one entry for each read that brought any.
+        pieces: of the body, without the framing of chunks; one for each read that brought any.
+        times: of these reads.
     """
 
     sent: float
     status: int
-    body: bytes
-    ends: list[int]
+    pieces: list[bytes]
     times: list[float]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.pieces)
 
 
 class Connection(asyncio.Protocol):
@@ -51,12 +54,13 @@ class Connection(asyncio.Protocol):
         self._clear()
 
     def _clear(self) -> None:
-        self._bytes = bytearray()  # not yet understood
+        self._bytes = b""  # not yet understood
         self._status = 0  # 0 until the head is read
         self._chunked = False
-        self._length: int | None = None  # None: the body ends when the connection does
-        self._body = bytearray()
-        self._ends: list[int] = []
+        self._left: int | None = None  # of the body; None: it ends when the connection does
+        # Many short pieces, because a body that grows is moved again and again, and on fresh pages
+        # of memory that costs more than all the rest.
+        self._pieces: list[bytes] = []
         self._times: list[float] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -67,7 +71,7 @@ class Connection(asyncio.Protocol):
         self.reusable = False
         if self._done is None or self._done.done():
             return
-        if exc is None and self._status and not self._chunked and self._length is None:
+        if exc is None and self._status and not self._chunked and self._left is None:
             self._done.set_result(None)
         else:
             self._done.set_exception(BenchError(f"the server closed the connection ({exc})"))
@@ -80,7 +84,7 @@ class Connection(asyncio.Protocol):
         sent = time.perf_counter()
         self._transport.write(head.encode() + b"\r\n\r\n" + body)
         await self._done
-        return Reply(sent, self._status, bytes(self._body), self._ends, self._times)
+        return Reply(sent, self._status, self._pieces, self._times)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -88,52 +92,54 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
-        self._bytes += data
-        if not self._status and not self._read_head():
-            return
-        before = len(self._body)
-        if self._chunked:
-            ended = self._read_chunks()
-        else:
-            self._body += self._bytes
-            self._bytes.clear()
-            ended = len(self._body) == self._length
-        if len(self._body) > before:
-            self._ends.append(len(self._body))
+        if not self._status:
+            data = self._read_head(self._bytes + data)
+            if not self._status:
+                return
+        piece, ended = self._read_chunks(data) if self._chunked else self._read_plain(data)
+        if piece:
+            self._pieces.append(piece)
             self._times.append(now)
         if ended and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
-    def _read_head(self) -> bool:
-        end = self._bytes.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        lines = bytes(self._bytes[:end]).lower().split(b"\r\n")
+    def _read_head(self, data: bytes) -> bytes:
+        """What follows the head, once it is there as a whole."""
+        head, blank, rest = data.partition(b"\r\n\r\n")
+        if not blank:
+            self._bytes = data
+            return b""
+        lines = head.lower().split(b"\r\n")
         version, status = lines[0].split()[:2]
         fields = dict(line.split(b":", 1) for line in lines[1:])
         headers = {name: value.strip() for name, value in fields.items()}
+        self._bytes = b""
         self._status = int(status)
         self._chunked = headers.get(b"transfer-encoding") == b"chunked"
         if b"content-length" in headers:
-            self._length = int(headers[b"content-length"])
+            self._left = int(headers[b"content-length"])
         kept = headers.get(b"connection", b"close" if version == b"http/1.0" else b"keep-alive")
-        self.reusable = kept == b"keep-alive" and (self._chunked or self._length is not None)
-        del self._bytes[: end + 4]
-        return True
+        self.reusable = kept == b"keep-alive" and (self._chunked or self._left is not None)
+        return rest
 
-    def _read_chunks(self) -> bool:
-        """Moves whole chunks to the body; whether the last one was seen."""
-        buffer, start = self._bytes, 0
+    def _read_plain(self, data: bytes) -> tuple[bytes, bool]:
+        if self._left is not None:
+            self._left -= len(data)
+        return data, self._left == 0
+
+    def _read_chunks(self, data: bytes) -> tuple[bytes, bool]:
+        """What whole chunks hold, and whether the last one is among them."""
+        buffer, start, found = self._bytes + data, 0, b""
         while (end := buffer.find(b"\r\n", start)) >= 0:
             size = int(buffer[start:end].partition(b";")[0], 16)
             if len(buffer) < end + size + 4:
                 break
-            self._body += buffer[end + 2 : end + 2 + size]
+            if not size:
+                return found, True
+            found += buffer[end + 2 : end + 2 + size]
             start = end + size + 4
-            if size == 0:
-                return True
-        del buffer[:start]
-        return False
+        self._bytes = buffer[start:]
+        return found, False
 
 
 class Client:

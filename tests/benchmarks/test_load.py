@@ -51,8 +51,7 @@ async def test_no_more_at_once_than_clients() -> None:
             running, most = running + 1, max(most, running + 1)
             await asyncio.sleep(0)
             running -= 1
-            data = completion(5)[1].encode()
-            return Reply(0, 200, data, [len(data)], [1])
+            return Reply(0, 200, [completion(5)[1].encode()], [1])
 
         async def open(self, count: int) -> None:
             assert count in (1, 2)

@@ -92,6 +92,7 @@ def test_loads() -> None:
         (["--api", "chat", "--prompt-kind", "ids"], "--prompt-kind text only"),
         (["--input", "9:1"], "--input: must be like 64 or 32:256, got 9:1"),
         (["--clients", "0"], "--clients: must be a whole number of at least 1, got 0"),
+        (["--plot", "/nowhere/a.png"], "--plot: there is no folder /nowhere"),
         (["--extra-body", "[1]"], "--extra-body: must be a JSON object, got [1]"),
     ],
 )
