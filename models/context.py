@@ -86,9 +86,16 @@ class ForwardContext:
         Returns:
             [tokens, heads, head_dim]
         """
+        slots = self.groups[self.layer_groups[layer]].slot_mapping
+        self.backend.store_kv(key, value, self.pages[layer], slots)
+        return self.attend_stored(layer, query, scale=scale, window=window, softcap=softcap)
+
+    def attend_stored(
+        self, layer: int, query: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        """`attend` where the new keys and values are in the pages already."""
         group = self.groups[self.layer_groups[layer]]
         pages, tables, lens = self.pages[layer], group.block_tables, self.context_lens
-        self.backend.store_kv(key, value, pages, group.slot_mapping)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         options = {"scale": scale, "window": window, "softcap": softcap}
         d, rows = self.num_decodes, query.shape[0]

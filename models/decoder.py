@@ -10,6 +10,7 @@ from torch import Tensor
 from models.compiled_step import can_compile, compile_step
 from models.config import ModelConfig
 from models.context import ForwardContext
+from models.fused_decoder import can_fuse, fused_forward
 from models.layers import (
     ACTIVATIONS,
     PANEL,
@@ -99,6 +100,7 @@ class Decoder(CausalLM):
 
     Attributes:
         compiled: whether all layers run in one compiled call, where that knows the cache's format
+        fuses: whether fused operations of a backend may take the place of the layers' own
     """
 
     prefix = "model."
@@ -121,6 +123,7 @@ class Decoder(CausalLM):
             config.hidden_size, config.norm_eps, dtype=dtype, device=device
         )
         self.compiled = False
+        self.fuses = False
         self._step: Step | None = None
         self._stepped: tuple[Pages, ...] | None = None
 
@@ -131,6 +134,8 @@ class Decoder(CausalLM):
         if self.compiled and (step := self._step_over(ctx)):
             tables, slots = ctx.groups[0].block_tables, ctx.groups[0].slot_mapping.int()
             return step(x, ctx.positions, ctx.context_lens, tables, slots, ctx.starts())
+        if ctx.backend.layers is not None and self.fuses:
+            return fused_forward(self, x, ctx.backend.layers, ctx)
         rotation = self.rotary(ctx.positions)
         for layer in self.layers:
             x = layer(x, rotation, ctx)
@@ -160,6 +165,7 @@ class Decoder(CausalLM):
         for layer in self.layers:
             layer.prepare()
         self.compiled = can_compile(self)
+        self.fuses = can_fuse(self)
 
 
 class DecoderLayer:
