@@ -1,7 +1,7 @@
-"""Times a linear layer over a weight packed by oneDNN against `F.linear` over a plain one.
+"""Times a linear layer over a packed weight, plain and int8, against `F.linear` over a plain one.
 
-`python -m benchmarks.linear` prints a table for this CPU. The two take turns within each round,
-and the order changes from round to round, so that a busy machine slows both alike. Every call
+`python -m benchmarks.linear` prints a table for this CPU. The three take turns within each round,
+and the order changes from round to round, so that a busy machine slows all alike. Every call
 reads the next of several equal weights, together larger than the caches, as the layers of a model
 are. With `--cpu-time` waiting for a core is not counted (all threads are summed up then).
 """
@@ -30,16 +30,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def layers(inputs: int, outputs: int, dtype: torch.dtype, num_bytes: int) -> list[list[Linear]]:
-    """The two lists to compare, of equal weights: [plain ones, packed ones]."""
+    """The lists to compare, of equal weights: plain ones, packed ones, int8 ones."""
     count = max(1, -(-num_bytes // (inputs * outputs * dtype.itemsize)))
-    both: list[list[Linear]] = [[], []]
+    sides: list[list[Linear]] = [[], [], []]
     for _ in range(count):
         weight = torch.randn(outputs, inputs).mul_(inputs**-0.5)
-        for made in both:
+        for made in sides:
             made.append(Linear(inputs, (outputs,), dtype=dtype, device=CPU))
             made[-1].weight.copy_(weight)
-        both[1][-1].pack()
-    return both
+        sides[2][-1].quantize()
+        for made in sides[1:]:
+            made[-1].pack()
+    return sides
 
 
 def milliseconds(
@@ -53,20 +55,20 @@ def milliseconds(
 
 
 def measure(
-    pair: list[list[Linear]], x: Tensor, rounds: int, clock: Callable[[], float]
-) -> list[tuple[float, float]]:
-    """Milliseconds of (plain, packed) in each round."""
-    plain, packed = (itertools.cycle(made) for made in pair)
-    torch.testing.assert_close(next(plain)(x), next(packed)(x), atol=5e-2, rtol=5e-2)
-    once = milliseconds(x, plain, 1, time.perf_counter)
-    calls = max(1, min(len(pair[0]), int(20 / once)))  # about 20 ms, or every weight once
-    results = []
-    for turn in range(rounds):
-        if turn % 2:
-            second, first = (milliseconds(x, side, calls, clock) for side in (packed, plain))
-        else:
-            first, second = (milliseconds(x, side, calls, clock) for side in (plain, packed))
-        results.append((first, second))
+    sides: list[list[Linear]], x: Tensor, rounds: int, clock: Callable[[], float]
+) -> list[list[float]]:
+    """Milliseconds in each round, of each side."""
+    turns = [itertools.cycle(made) for made in sides]
+    plain, packed, quantized = (next(turn)(x) for turn in turns)
+    torch.testing.assert_close(plain, packed, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(plain, quantized, atol=2e-1, rtol=5e-2)
+    once = milliseconds(x, turns[0], 1, time.perf_counter)
+    calls = max(1, min(len(sides[0]), int(20 / once)))  # about 20 ms, or every weight once
+    results: list[list[float]] = [[] for _ in sides]
+    for start in range(rounds):
+        for side in range(start, start + len(sides)):
+            index = side % len(sides)
+            results[index].append(milliseconds(x, turns[index], calls, clock))
     return results
 
 
@@ -75,11 +77,14 @@ def show(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(name: str, rows: int, dtype: str, results: list[tuple[float, float]]) -> str:
-    plain, packed = (list(times) for times in zip(*results, strict=True))
-    ratios = [first / second for first, second in results]
-    times = f"{show(plain, 3):26} {show(packed, 3):26}"
-    return f"{name:34} {dtype} {rows:4}  {times} {show(ratios, 2)}"
+def table(name: str, rows: int, dtype: str, results: list[list[float]]) -> str:
+    plain, packed, quantized = results
+    times = " ".join(f"{show(found, 3):26}" for found in results)
+    gains = (
+        show([first / second for first, second in zip(*pair, strict=True)], 2)
+        for pair in ((plain, packed), (packed, quantized))
+    )
+    return f"{name:34} {dtype} {rows:4}  {times} " + " ".join(f"{gain:18}" for gain in gains)
 
 
 def main() -> None:
@@ -94,19 +99,19 @@ def main() -> None:
     kind = "CPU time" if options.cpu_time else "wall-clock time"
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__} on {capability}, {options.threads} threads, {kind}")
-    print(f"ms per call, median [min, max] of {options.rounds} rounds; ratio plain / packed\n")
-    header = f"{'F.linear':26} {'packed':26} ratio"
+    print(f"ms per call, median [min, max] of {options.rounds} rounds\n")
+    header = f"{'F.linear':26} {'packed':26} {'int8':26} {'F.linear / packed':18} packed / int8"
     print(f"{'':34} {'':4} rows  {header}")
     for (name, (inputs, outputs)), (label, dtype) in itertools.product(
         SHAPES.items(), DTYPES.items()
     ):
-        pair = layers(inputs, outputs, dtype, options.megabytes << 20)
-        if pair[1][0].packed is None:
+        sides = layers(inputs, outputs, dtype, options.megabytes << 20)
+        if sides[1][0].packed is None:
             print(f"{name}: no packed layout for {label} on this CPU")
             continue
         for rows in ROWS:
             x = torch.randn(rows, inputs).to(dtype)
-            results = measure(pair, x, options.rounds, clock)
+            results = measure(sides, x, options.rounds, clock)
             print(table(f"{name} {inputs} -> {outputs}", rows, label, results), flush=True)
 
 

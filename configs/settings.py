@@ -138,6 +138,13 @@ class ModelSettings(Section):
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="`auto`: bfloat16 where the device computes in it, else float32"),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8"],
+        Field(
+            description="`int8` keeps the matrices of the model in half the bytes of bfloat16, "
+            "quantized while it loads; activations stay `dtype`"
+        ),
+    ] = "none"
     tool_call_parser: Annotated[
         Literal["auto", "none", "hermes", "llama3_json", "mistral"],
         Field(description="How the model writes tool calls; `auto`: as its chat template shows"),

@@ -77,7 +77,14 @@ def build(settings: Settings, report: loader.Progress = loader.quiet) -> EngineL
         config = loader.load_config(path)
         dtype = loader.resolve_dtype(settings.model.dtype, config, device)
         _require_weights_fit(weight_bytes(config, dtype), dtype, device)
-        model = loader.load_model(path, config, dtype=dtype, device=device, progress=report)
+        model = loader.load_model(
+            path,
+            config,
+            dtype=dtype,
+            device=device,
+            quantization=settings.model.quantization,
+            progress=report,
+        )
     except (CheckpointError, ValueError) as error:
         raise StartError(str(error)) from None
     return assemble(model, settings, device, path, report)
@@ -98,8 +105,8 @@ def check(settings: Settings) -> EngineInfo:
         dtype = loader.resolve_dtype(settings.model.dtype, config, device)
     except (CheckpointError, ValueError) as error:
         raise StartError(str(error)) from None
-    weights = weight_bytes(config, dtype)
-    _require_weights_fit(weights, dtype, device)
+    _require_weights_fit(weight_bytes(config, dtype), dtype, device)
+    weights = weight_bytes(config, dtype, settings.model.quantization)
 
     def gpu_pool(layout: KVLayout, limits: Limits) -> int:
         free, total = torch.cuda.mem_get_info(device)
@@ -115,7 +122,7 @@ def check(settings: Settings) -> EngineInfo:
         limits,
         device,
         host_blocks,
-        settings.cache.enable_prefix_caching,
+        settings,
     )
 
 
@@ -156,7 +163,7 @@ def assemble(
 
     layout, limits, host_blocks = _plan_memory(settings, config, format, device, gpu_pool)
     try:
-        disk = open_disk(settings.cache, path, dtype, backend.name, layout)
+        disk = open_disk(settings.cache, path, _computed_by(backend, dtype, settings), layout)
     except DiskTierError as error:
         raise StartError(str(error)) from None
     runner = _runner(model, layout, backend, limits, masks, device, host_blocks, disk)
@@ -188,7 +195,7 @@ def assemble(
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
     )
-    info = _info(path, config, dtype, layout, limits, device, host_blocks, prefix_cache)
+    info = _info(path, config, dtype, layout, limits, device, host_blocks, settings)
     return EngineLoop(
         scheduler,
         runner,
@@ -207,6 +214,13 @@ def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) 
     return Preemption(mode, layout.bytes_per_block, host.copying)
 
 
+def _computed_by(backend: dispatch.Backend, dtype: torch.dtype, settings: Settings) -> str:
+    """What the numbers in KV blocks depend on, beside the checkpoint."""
+    quantization = settings.model.quantization
+    weights = "" if quantization == "none" else f", {quantization} weights"
+    return f"{backend.name}, {str(dtype).removeprefix('torch.')}{weights}"
+
+
 def _info(
     path: Path,
     config: ModelConfig,
@@ -215,7 +229,7 @@ def _info(
     limits: Limits,
     device: torch.device,
     host_blocks: int,
-    prefix_caching: bool,
+    settings: Settings,
 ) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     length = min(COMMON_LENGTH, limits.max_model_len)
@@ -232,10 +246,11 @@ def _info(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         kv_bytes_per_token=layout.bytes_per_token,
-        weight_bytes=weight_bytes(config, dtype),
+        weight_bytes=weight_bytes(config, dtype, settings.model.quantization),
+        quantization=settings.model.quantization,
         num_host_blocks=host_blocks,
         kv_cache_dtype=layout.format.dtype,
-        prefix_caching=prefix_caching,
+        prefix_caching=settings.cache.enable_prefix_caching,
         kv_groups=len(layout.groups),
         concurrency=min(
             layout.sequences_in(layout.num_blocks, length, limits.max_num_batched_tokens),
@@ -309,14 +324,18 @@ def _fit_context(limits: Limits, layout: KVLayout, wanted: int | None) -> Limits
 # ---------------------------------------------------------------------- memory
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str = "none") -> int:
     """Bytes of a model's weights, from its shape alone."""
     # Not by a model on the meta device: its first `arange` imports a compiler, which takes seconds.
-    return planner.parameters(config) * dtype.itemsize
+    count = planner.parameters(config)
+    return planner.weight_bytes(config, count, dtype.itemsize, quantization)
 
 
 def _require_weights_fit(needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Fails before the first byte is read rather than after minutes of loading."""
+    """Fails before the first byte is read rather than after minutes of loading.
+
+    They are loaded as `dtype` whatever they are quantized to.
+    """
     free = available_bytes(device)
     if needed > free:
         raise StartError(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
-
 from configs.settings import CacheSettings, format_bytes
 from models.fingerprint import fingerprint
 from paged_cache.disk_tier import DiskTier, DiskTierError
@@ -20,9 +18,11 @@ FLUSH_SECONDS = 5.0
 
 
 def open_disk(
-    settings: CacheSettings, checkpoint: Path, dtype: torch.dtype, backend: str, layout: KVLayout
+    settings: CacheSettings, checkpoint: Path, computed_by: str, layout: KVLayout
 ) -> DiskTier | None:
     """The disk tier of these settings, if they want one.
+
+    `computed_by` names what else the contents depend on: backend, dtype, quantization.
 
     Raises:
         DiskTierError: it cannot be had; one line for the operator.
@@ -38,7 +38,7 @@ def open_disk(
     groups = "; ".join(f"{list(group.layers)} window {group.window}" for group in layout.groups)
     identity = {
         "model": fingerprint(checkpoint),
-        "computed_by": f"{backend}, {str(dtype).removeprefix('torch.')}",
+        "computed_by": computed_by,
         "layout": f"{layout.block_size} tokens x {layout.kv_heads} heads x {layout.head_dim} "
         f"as {layout.format.dtype}, layers {groups}",
     }

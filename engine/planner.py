@@ -31,6 +31,7 @@ from paged_cache.layout import (
 )
 
 AUTO: Final = "auto"
+NONE: Final = "none"
 _ALIASES: Final = {
     "fp32": "float32",
     "fp16": "float16",
@@ -127,7 +128,8 @@ class Plan:
     """The answer.
 
     Attributes:
-        dtype: of the weights in memory
+        dtype: that the model computes in
+        weight_dtype: of the weights in memory; "int8" where their matrices are
         host_kv_bytes: of the tier in host memory, if there is to be one
         cache_dtype: the one that was asked for
         caches: by cache dtype: that of the weights, the one asked for and the quantized ones, as
@@ -141,6 +143,7 @@ class Plan:
     block_size: int
     max_num_seqs: int
     dtype: str
+    weight_dtype: str
     weight_bytes: int
     memory: Memory | None
     host_kv_bytes: int | None
@@ -262,17 +265,44 @@ def parameters(config: ModelConfig) -> int:
     """How many numbers the weights are, by arithmetic on the config."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    gpt2 = config.rope is None  # learned positions, norms with a bias, an MLP without a gate
+    gpt2 = config.rope is None  # learned positions, norms with a bias
     norm = 2 * hidden if gpt2 else hidden
-    gates = 1 if gpt2 else 2
     layer = (4 if config.post_norms else 2) * norm
-    layer += hidden * (query + 2 * kv) + config.qkv_bias * (query + 2 * kv)
-    layer += query * hidden + config.o_bias * hidden
-    layer += (gates + 1) * hidden * inner + config.mlp_bias * (gates * inner + hidden)
+    layer += config.qkv_bias * (query + 2 * kv) + config.o_bias * hidden
+    layer += config.mlp_bias * (_gates(config) * inner + hidden)
     layer += config.qk_norm * 2 * config.head_dim
+    layer += sum(inputs * outputs for inputs, outputs in _matrices(config))
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
     positions = config.max_position_embeddings * hidden if gpt2 else 0
     return tables + positions + config.num_layers * layer + norm
+
+
+def _gates(config: ModelConfig) -> int:
+    """Matrices that the first half of an MLP consists of: GPT-2's has no gate."""
+    return 1 if config.rope is None else 2
+
+
+def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of the matrices of one layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    up = _gates(config) * inner
+    return [(hidden, query + 2 * kv), (query, hidden), (hidden, up), (inner, hidden)]
+
+
+def weight_bytes(config: ModelConfig, count: int, size: int, quantization: str) -> int:
+    """Bytes of `count` weights, of `size` bytes each unless they are quantized.
+
+    int8 has a float32 scale per output beside its codes. The head becomes int8 too; where it is
+    tied to the embeddings, these stay, and it is there twice.
+    """
+    if quantization == NONE:
+        return count * size
+    head = (config.hidden_size, config.vocab_size)
+    matrices = [*_matrices(config) * config.num_layers, head]
+    codes = sum(inputs * outputs for inputs, outputs in matrices)
+    kept = count - codes + config.tie_word_embeddings * head[0] * head[1]
+    return kept * size + codes + 4 * sum(outputs for _, outputs in matrices)
 
 
 # ---------------------------------------------------------------------- plans
@@ -310,13 +340,16 @@ def plan(
     """
     # "auto" is what the server makes of it on a GPU.
     dtype = "bfloat16" if settings.model.dtype == AUTO else settings.model.dtype
-    weights = model.parameters * _WEIGHT_BYTES[dtype]
+    size = _WEIGHT_BYTES[dtype]
+    quantization = settings.model.quantization
+    weight_dtype = dtype if quantization == NONE else quantization
+    weights = weight_bytes(model.config, model.parameters, size, quantization)
     wanted = settings.cache.kv_cache_dtype if cache_dtype == AUTO else cache_dtype
     chosen = _cache_dtype(wanted, dtype)
     context = _context(model, settings)
     left = None
     if memory is not None:
-        left = _left(model, memory, settings.cache.gpu_memory_utilization, weights, dtype)
+        left = _left(model, memory, settings.cache.gpu_memory_utilization, weights, weight_dtype)
     caches = {
         name: _cache(
             layout(model.config, name, settings.cache.block_size),
@@ -338,12 +371,16 @@ def plan(
         block_size=settings.cache.block_size,
         max_num_seqs=settings.scheduling.max_num_seqs,
         dtype=dtype,
+        weight_dtype=weight_dtype,
         weight_bytes=weights,
         memory=left,
         host_kv_bytes=settings.cache.host_kv_bytes,
         cache_dtype=chosen,
         caches=caches,
-        warnings=tuple(_warnings(context, prompt + output, caches[chosen])),
+        warnings=(
+            *_warnings(context, prompt + output, caches[chosen]),
+            *_loading_warnings(model.parameters * size, dtype, left),
+        ),
     )
 
 
@@ -450,6 +487,14 @@ def _warnings(context: int, length: int, cache: CachePlan) -> Iterable[str]:
         yield (
             f"the whole context of {context:,} tokens does not fit: the server would offer "
             f"{cache.fit.longest_sequence:,}"
+        )
+
+
+def _loading_warnings(num_bytes: int, dtype: str, memory: Memory | None) -> Iterable[str]:
+    if memory is not None and num_bytes > memory.total:
+        yield (
+            f"the weights are loaded as {dtype}, which takes {format_bytes(num_bytes)}, more than "
+            f"the {format_bytes(memory.total)} there are"
         )
 
 

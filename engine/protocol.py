@@ -92,6 +92,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         num_host_blocks: KV blocks in the tier in host memory.
         kv_bytes_per_token: bytes of K and V of one token over all layers.
         weight_bytes: bytes of the loaded weights.
+        quantization: "int8" where their matrices are, else "none".
         kv_cache_dtype: numbers in KV blocks.
         prefix_caching: whether blocks are found again.
     """
@@ -112,6 +113,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_host_blocks: int = 0
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
+    quantization: str = "none"
     kv_groups: int = 1
     concurrency: int = 0
 

@@ -211,12 +211,12 @@ def _multiply_rows(builder, height, x, x_stride, panel, pairs, sums):
             factor = splat(builder, both)
             for j, weight in enumerate(weights):
                 cell = cells[r * _VECTORS + j]
-                builder.store(_add_products(builder, builder.load(cell), factor, weight), cell)
+                builder.store(add_products(builder, builder.load(cell), factor, weight), cell)
     for index, cell in enumerate(cells):
         store(builder, builder.load(cell), sums, I64(index * LANES))
 
 
-def _add_products(builder, total, left, right):
+def add_products(builder, total, left, right):
     """total[i] + left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1], of bfloat16 pairs."""
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     return call(builder, name, vec(F32), total, left, right)

@@ -8,10 +8,12 @@ neither is needed on a machine that does not use it.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from kernels import int8
 from kernels.pages import Pages, QuantizedPages, tile_bytes
 
 _MODULES = {
@@ -76,6 +78,22 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         copy.scatter_blocks,
         *(LayerOps(m.add_rms_norm, m.gated, m.turn_and_store) for m in fused),
     )
+
+
+def int8_linear(
+    codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The product `x @ weight.T + bias` with an int8 matrix (`kernels.int8`), for rows of `dtype`,
+    as the device of the codes does it best."""
+    if codes.device.type == "cuda":
+        on_gpu = importlib.import_module("kernels.int8_linear").Int8Linear(codes, scales, bias)
+        on_gpu.warm_up(dtype)
+        return cast("Callable[[Tensor], Tensor]", on_gpu)
+    if codes.device.type == "cpu" and dtype == torch.bfloat16:
+        cpu_int8 = importlib.import_module("kernels.cpu_int8")
+        if cpu_int8.serves(codes):
+            return cast("Callable[[Tensor], Tensor]", cpu_int8.Int8Linear(codes, scales, bias))
+    return int8.Int8Linear(codes, scales, bias)
 
 
 def warm_up(

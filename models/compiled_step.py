@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.layers import PANEL, Linear, RMSNorm
+from models.layers import PANEL, RMSNorm
 
 if TYPE_CHECKING:
     from kernels.cpu_step import Step, StepLayer
@@ -46,19 +46,15 @@ def can_compile(decoder: Decoder) -> bool:
         and type(decoder.norm) is RMSNorm
         and all(type(layer) is DecoderLayer for layer in decoder.layers)
         and all(layer.mlp.down.inputs % PANEL == 0 for layer in decoder.layers)
-        and all(linear.few for layer in decoder.layers for linear in _linears(layer))
+        and all(linear.few for linear in decoder.linears())
     )
-
-
-def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
-    return layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down
 
 
 def _layer(layer: DecoderLayer) -> StepLayer:
     from kernels.cpu_step import StepLayer
 
     attention = layer.attention
-    qkv, output, gate_up, down = (linear.few for linear in _linears(layer))
+    qkv, output, gate_up, down = (linear.few for linear in layer.linears)
     return StepLayer(
         qkv=qkv,
         output=output,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class CausalLM:
     """What the engine may ask of any decoder.
 
-    A family gives `forward` and `checkpoint_tensors`, and extends `prepare`.
+    A family gives `forward`, `checkpoint_tensors` and `linears`, and extends `prepare`.
 
     `embed` holds the token table; `head` projects to the vocabulary and, with tied embeddings,
     uses the same storage (on CPUs `prepare` adds a packed copy of it).
@@ -77,6 +77,15 @@ class CausalLM:
         """Every tensor of a checkpoint by its name there: views of the fused weights, so that
         copying into them fills the model. Only before `prepare`."""
         raise NotImplementedError
+
+    def linears(self) -> tuple[Linear, ...]:
+        """Every matrix of the layers."""
+        raise NotImplementedError
+
+    def quantize(self) -> None:
+        """Makes `prepare` keep all matrices, the head too, as int8."""
+        for linear in (*self.linears(), self.head):
+            linear.quantize()
 
     def prepare(self) -> None:
         """Derives what forward needs from the loaded weights. Call it once, after loading."""
@@ -159,6 +168,9 @@ class Decoder(CausalLM):
                 tensors[f"model.layers.{index}.{name}"] = tensor
         return tensors
 
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
     def prepare(self) -> None:
         super().prepare()
         self.norm.expand()
@@ -183,6 +195,10 @@ class DecoderLayer:
         self.attention = Attention(config, layer, self.head_norm_type, **factory)
         self.mlp_norm = self.norm_type(hidden, config.norm_eps, **factory)
         self.mlp = GatedMLP(config, **factory)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down
 
     def __call__(self, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
         """[tokens, hidden_size] -> the same shape"""

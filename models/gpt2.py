@@ -49,11 +49,14 @@ class Model(CausalLM):
                 tensors[f"transformer.h.{index}.{name}"] = tensor
         return tensors
 
+    def linears(self) -> tuple[Linear, ...]:
+        blocks = ((layer.qkv, layer.output, layer.up, layer.down) for layer in self.layers)
+        return tuple(linear for block in blocks for linear in block)
+
     def prepare(self) -> None:
         super().prepare()
-        for layer in self.layers:
-            for linear in (layer.qkv, layer.output, layer.up, layer.down):
-                linear.pack()
+        for linear in self.linears():
+            linear.pack()
 
 
 class Block:

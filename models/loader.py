@@ -36,6 +36,7 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+NONE, INT8 = "none", "int8"
 log = logging.getLogger(__name__)
 
 
@@ -107,9 +108,12 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: str = NONE,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The decoder with the weights of the folder, converted to `dtype`, ready for `forward`.
+
+    With `quantization` "int8" its matrices are then made int8, one after the other.
 
     Weights are copied from the memory-mapped files into their final place, so that the peak is
     about the weights plus one tensor. Tensors that the decoder has no use for are logged.
@@ -119,12 +123,18 @@ def load_model(
     files = shards.weight_files(path)
     model = registry.build(config, dtype, torch.device(device))
     _fill(model, path, files, progress or quiet)
+    if quantization == INT8:
+        model.quantize()
     model.prepare()
     return model
 
 
 def random_init(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    quantization: str = NONE,
 ) -> CausalLM:
     """A decoder with random weights and no files, ready for `forward`: for benchmarks.
 
@@ -140,6 +150,8 @@ def random_init(
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, config.hidden_size**-0.5, generator=generator)
+    if quantization == INT8:
+        model.quantize()
     model.prepare()
     return model
 

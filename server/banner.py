@@ -23,7 +23,7 @@ def facts(
         "address": url,
         "models": ", ".join(settings.model.names),
         "device": f"{info.device}, {info.dtype}",
-        "weights": f"{format_bytes(info.weight_bytes)} ({info.architecture})",
+        "weights": f"{format_bytes(info.weight_bytes)}{_as(info)} ({info.architecture})",
         "KV cache": f"{info.num_blocks:,} blocks x {info.block_size}{groups} = {tokens:,} tokens, "
         + format_bytes(tokens * info.kv_bytes_per_token),
         **_tiers(settings.cache, info.num_host_blocks),
@@ -32,6 +32,10 @@ def facts(
         "API key": "on" if keys else "off",
         "try": first_request(settings.model.names[0], url, with_key=bool(keys)),
     }
+
+
+def _as(info: EngineInfo) -> str:
+    return "" if info.quantization == "none" else f" as {info.quantization}"
 
 
 def _tiers(cache: CacheSettings, host_blocks: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ SETTINGS: Final = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "quantization",
     "revision",
 )
 """What `serve` is also told, by the same flags, variables and files."""
@@ -139,7 +140,7 @@ def _head(plan: Plan) -> str:
 def _weights(plan: Plan) -> str:
     model, memory = plan.model, plan.memory
     source = "headers of the files" if model.counted_from == "headers" else "arithmetic"
-    count = f"{model.parameters:,} parameters as {plan.dtype} (by {source})"
+    count = f"{model.parameters:,} parameters as {plan.weight_dtype} (by {source})"
     rows = [("weights", format_bytes(plan.weight_bytes), count)]
     if memory is not None:
         share = f"{memory.utilization:g} of {format_bytes(memory.total)}"

@@ -78,6 +78,13 @@ def read_engine(registry: Registry[EngineState], info: EngineInfo) -> None:
         cache_dtype=info.kv_cache_dtype,
         enable_prefix_caching=str(info.prefix_caching),
     )
+    registry.constant(
+        "quire:model_info",
+        "In which numbers the model computes, and its weights are kept if they are quantized.",
+        1,
+        dtype=info.dtype,
+        quantization=info.quantization,
+    )
     blocks = "KV blocks by what they are."
     read(
         "gauge",

@@ -15,7 +15,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import copy_blocks, fused_layers, paged_decode, paged_prefill, reference, store_kv
+from kernels import (
+    copy_blocks,
+    fused_layers,
+    int8_linear,
+    paged_decode,
+    paged_prefill,
+    reference,
+    store_kv,
+)
 from kernels.decode_choices import derive
 from kernels.pages import FORMATS, tile_bytes
 
@@ -26,14 +34,15 @@ SPILLS = (
 KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {
     **dict.fromkeys(("tables", "lens", "starts", "slots"), "*i32"),
-    **dict.fromkeys(("partial", "stats", "weight", "cos", "sin"), "*fp32"),
+    **dict.fromkeys(("partial", "stats", "scales", "weight", "cos", "sin"), "*fp32"),
+    "codes": "*i8",
     **dict.fromkeys(("source", "target"), "*i64"),
 }
 ROWS = (
     *("query", "key", "value", "keys", "values", "out", "read", "write"),
-    *("x", "residual", "gate_up", "qkv"),
+    *("x", "bias", "residual", "gate_up", "qkv"),
 )
-ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
+ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride", "x_stride", "inputs")
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,12 @@ def copy(dtype, target):
     return compile_kernel(copy_blocks.copy_kernel, dtype, constants, target, num_warps=4)
 
 
+def int8_matrix(dtype, target, rows, biased):
+    constants = int8_linear.launch_shape(rows, KINDS[dtype]) | {"BIASED": biased}
+    options = {"num_warps": 4, "num_stages": 4}
+    return compile_kernel(int8_linear.int8_kernel, dtype, constants, target, **options)
+
+
 def _constants(shape, dtype, block, window, softcap, format):
     extra = {"FORMAT": format, "BLOCK_SIZE": block, "WINDOW": window, "SOFTCAP": softcap}
     return {**shape, **extra, "PRECISION": paged_decode.dot_precision(KINDS[dtype])}
@@ -191,6 +206,8 @@ def cases(full: bool):
         yield f"gated {activation}", _case(gated, activation)
     for shape in shapes:
         yield f"turn and store {shape}", _case(turn_store, *shape)
+    for rows in (1, 32, 64) if full else (1, 64):
+        yield f"int8 matrix, rows={rows}", _case(int8_matrix, rows, rows > 1)
     for i, format in enumerate(FORMATS):
         for shape in shapes if full else (shapes[i % 2],):
             if format == "int4" and shape[2] % 32:

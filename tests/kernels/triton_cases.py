@@ -12,7 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import copy_blocks, fused_layers, paged_decode, paged_prefill, reference, store_kv
+from kernels import (
+    copy_blocks,
+    fused_layers,
+    int8,
+    int8_linear,
+    paged_decode,
+    paged_prefill,
+    reference,
+    store_kv,
+)
 from kernels.decode_choices import Choice, SplitPlan
 from kernels.dispatch import backend, warm_up
 from kernels.pages import FORMATS, Codes, Pages, decode, tile_bytes
@@ -310,3 +319,31 @@ def test_warm_up_and_dispatch_by_name():
             block_size=16,
             kv_format=kv_format,
         )
+
+
+# rows, outputs, inputs, whether there is a bias
+INT8 = [
+    (1, 7, 33, False),
+    (5, 100, 600, True),
+    (16, 64, 256, False),
+    (17, 33, 130, True),
+    (int8_linear.MOST_ROWS, 48, 64, False),
+    (int8_linear.MOST_ROWS + 1, 20, 40, True),
+]
+
+
+@pytest.mark.parametrize("case", with_dtypes(INT8), ids=str)
+def test_int8_matrix(case):
+    rows, outputs, inputs, biased, dtype = case
+    rng = torch.Generator().manual_seed(rows)
+    codes, scales = int8.quantize(torch.randn(outputs, inputs, generator=rng))
+    bias = torch.randn(outputs, generator=rng).to(dtype) if biased else None
+    x = torch.randn(rows, 2 * inputs, generator=rng).to(dtype)[:, :inputs]
+    want = x.double() @ int8.dequantize(codes, scales).double().t()
+    if bias is not None:
+        want += bias.double()
+    on_device = [None if part is None else part.to(DEVICE) for part in (codes, scales, bias)]
+    linear = int8_linear.Int8Linear(*on_device)
+    got = linear(x.to(DEVICE))
+    assert got.dtype == dtype and got.shape == (rows, outputs)
+    assert (got.cpu().double() - want).norm() / want.norm() < TOLERANCE[dtype]
