@@ -12,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint types format bench crash-test train-embedded settings-doc compat-test dashboards-test schemas-test docker-test k8s-check clean
+.PHONY: help venv serve test lint types format bench bench-compare crash-test train-embedded settings-doc compat-test dashboards-test schemas-test docker-test k8s-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -50,6 +50,9 @@ format: $(INSTALLED) ## put every file into the house format
 
 bench: $(INSTALLED) ## tokens/s, TTFT and TPOT at 1, 16 and 64 clients
 	$(BIN)/python -m benchmarks.serve $(ARGS)
+
+bench-compare: $(INSTALLED) ## Quire and its peers in turn (python -m benchmarks.peers.install first)
+	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 crash-test: $(INSTALLED) ## kill -9 an engine while its disk tier writes, 50 times
 	$(BIN)/python -m tests.engine.crash_disk_tier $(ARGS)

@@ -3,8 +3,8 @@
     python -m benchmarks.make_checkpoint --shape llama-56m build/llama-56m
 
 The tensors are written one after the other, so that memory stays at one piece of one tensor. The
-tokenizer is a byte-level BPE of 32,000 entries built from the alphabet, not from a corpus: any
-text encodes, at about two characters of English per token.
+tokenizer is a byte-level BPE with a text for every id, built from the alphabet, not from a corpus:
+any text encodes, at about two characters of English per token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from benchmarks.shapes import SHAPES
 from models import registry
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TOKENS = 32_000
 EOS_TOKEN_ID = 2  # <|im_end|>
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,7 +41,7 @@ def write(folder: Path, shape: str, *, seed: int = 0) -> Path:
     config = SHAPES[shape] | ids | {"torch_dtype": "bfloat16"}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ids)
-    _write_json(folder / "tokenizer.json", tokenizer())
+    _write_json(folder / "tokenizer.json", tokenizer(config["vocab_size"]))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(config))
     write_weights(folder / "model.safetensors", config, seed)
     return folder
@@ -81,14 +80,14 @@ def _write_tensor(
         left -= piece.numel()
 
 
-def tokenizer() -> dict[str, Any]:
-    """A `tokenizer.json` of exactly TOKENS entries: specials, bytes, then letter groups."""
+def tokenizer(size: int) -> dict[str, Any]:
+    """A `tokenizer.json` of exactly `size` entries: specials, bytes, then letter groups."""
     symbols = _byte_symbols()
     vocab = {token: i for i, token in enumerate([*SPECIALS, *symbols])}
     merges: list[list[str]] = []
     for left, right in _merges(symbols[ord(" ")]):
         if left + right not in vocab:
-            if len(vocab) == TOKENS:
+            if len(vocab) == size:
                 break
             vocab[left + right] = len(vocab)
         merges.append([left, right])
@@ -154,6 +153,7 @@ def _merges(space: str) -> Iterator[tuple[str, str]]:
     yield from ((a, b) for a in lower for b in lower)
     yield from ((space + letter, pair) for letter in lower for pair in pairs)
     yield from ((pair, letter) for pair in pairs for letter in lower)
+    yield from ((left, right) for left in pairs for right in pairs)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
