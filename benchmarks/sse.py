@@ -24,6 +24,10 @@ class Refused(BenchError):
     """A server that has no room at the moment: status 429 or 503."""
 
 
+class Hangup(BenchError):
+    """A connection that ended before any of the answer."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came back, byte for byte. Times are seconds on `time.perf_counter`.
@@ -74,7 +78,8 @@ class Connection(asyncio.Protocol):
         if exc is None and self._status and not self._chunked and self._left is None:
             self._done.set_result(None)
         else:
-            self._done.set_exception(BenchError(f"the server closed the connection ({exc})"))
+            kind = BenchError if self._status else Hangup
+            self._done.set_exception(kind(f"the server closed the connection ({exc})"))
 
     async def request(self, head: str, body: bytes = b"") -> Reply:
         """Sends one request and waits for the end of its answer."""
@@ -197,9 +202,14 @@ class Client:
             f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(data)}"
         )
-        connection = self._take() or await self._connect()
+        kept = self._take()
+        connection = kept or await self._connect()
         try:
             reply = await connection.request(head, data)
+        except Hangup:
+            if kept:  # it was being closed already: nothing was answered
+                return await self.post(path, body)
+            raise
         except BaseException:
             connection.close()
             raise

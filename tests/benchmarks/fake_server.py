@@ -44,8 +44,13 @@ def completion(tokens: int, counted: int | None = None) -> list[str]:
 
 
 @asynccontextmanager
-async def serving(answer: Answering, piece: int = 4096) -> AsyncIterator[Client]:
-    """Sends `answer(path, body)` in pieces of that many bytes."""
+async def serving(
+    answer: Answering, piece: int = 4096, *, hangs_up: bool = False
+) -> AsyncIterator[Client]:
+    """Sends `answer(path, body)` in pieces of that many bytes.
+
+    A server that hangs up does so after every answer, without telling.
+    """
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -58,7 +63,7 @@ async def serving(answer: Answering, piece: int = 4096) -> AsyncIterator[Client]
                     await writer.drain()
                     if piece < 100:
                         await asyncio.sleep(0)
-                if data.startswith(b"HTTP/1.0"):
+                if hangs_up or data.startswith(b"HTTP/1.0"):
                     break
         except (asyncio.IncompleteReadError, ConnectionError):
             pass

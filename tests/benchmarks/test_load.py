@@ -42,6 +42,13 @@ async def test_a_closed_loop_asks_each_client_in_turn() -> None:
     assert done.seconds >= max(one.times[-1] for one in done.answers) - done.answers[0].sent
 
 
+async def test_a_server_that_closes_what_it_said_it_keeps() -> None:
+    asked: list[dict[str, Any]] = []
+    async with serving(noting(asked), hangs_up=True) as client:
+        done = await run_round(client, WORK, ClosedLoop(clients=2, requests=4), seed=0)
+    assert len(done.answers) == len(asked) == 8
+
+
 async def test_no_more_at_once_than_clients() -> None:
     running, most = 0, 0
 
