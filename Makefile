@@ -48,7 +48,7 @@ format: $(INSTALLED) ## put every file into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## tokens/s, TTFT and TPOT at 1, 16 and 64 clients
+bench: $(INSTALLED) ## tokens/s, TTFT, TPOT and ITL at 1, 16 and 64 clients
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 bench-compare: $(INSTALLED) ## Quire and its peers in turn (python -m benchmarks.peers.install first)

@@ -85,7 +85,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     batch = command("run-batch", "Answer a file of requests in OpenAI's batch format", _run_batch)
     _add_batch(batch)
     _add_chat(command("chat", "Talk to a running server", _chat))
-    commands.add_parser("bench", help="Measure a server: tokens/s, TTFT, TPOT (own --help)")
+    commands.add_parser("bench", help="Measure a server: tokens/s, TTFT, TPOT, ITL (own --help)")
     plan = command("plan", "Tell how much memory a model will take", plan_command.run)
     plan_command.add_arguments(plan)
     kv = command("kv", "Show the KV blocks of a running server", _kv)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,9 @@ def test_a_plot_without_matplotlib(
     assert capsys.readouterr().err == (
         "quire bench: --plot needs matplotlib: pip install matplotlib\n"
     )
+
+
+def test_the_page_tells_of_every_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    flags = {flag for action in serve._parser()._actions for flag in action.option_strings}
+    assert [flag for flag in sorted(flags - {"-h", "--help"}) if f"`{flag}" not in page] == []
