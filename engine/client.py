@@ -11,6 +11,7 @@ import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -85,15 +86,15 @@ class EngineStartError(RuntimeError):
 class TokenStream(Protocol):
     """The deltas of one request, until each of its n answers has a finish_reason."""
 
-    def __aiter__(self) -> TokenStream: ...
-
-    async def __anext__(self) -> TokenDelta:
-        """The next delta.
+    async def each(self, take: Callable[[TokenDelta], bool]) -> None:
+        """Hands every delta to `take` as soon as it is read, on the event loop, without waking a
+        task for it. Returns when `take` says that it has enough, or every answer is finished; may
+        be called again for the rest.
 
         Raises:
-            StopAsyncIteration: every answer is finished.
             RequestFailed: the engine ended the request because of an error of its own.
             EngineDead: the engine is gone.
+            Exception: what `take` raised.
         """
 
     async def aclose(self) -> None:
@@ -180,13 +181,18 @@ class _Stream:
         self._unfinished = request.n
         self._ended = False  # nothing more will arrive, or nobody wants it
         self._abort = abort
-        self._queue: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
+        self._untaken: deque[TokenDelta] = deque()
+        self._failure: Exception | None = None
+        self._take: Callable[[TokenDelta], bool] | None = None
+        self._enough: asyncio.Future[Exception | None]  # how the newest `each` ends
 
     def put(self, delta: TokenDelta) -> bool:
         """Takes a delta in; returns whether it was the last one."""
-        self._queue.put_nowait(delta)
         self._unfinished -= delta.finish_reason is not None
         self._ended = self._unfinished == 0
+        self._untaken.append(delta)
+        if self._take is not None:
+            self._hand_over(self._take)
         return self._ended
 
     def fail(self, error: Exception) -> None:
@@ -194,19 +200,33 @@ class _Stream:
         self._ended = True
         if not self.admitted.done():
             self.admitted.set_exception(error)
-        else:
-            self._queue.put_nowait(error)
+            return
+        self._failure = error
+        if self._take is not None:
+            self._hand_over(self._take)
 
-    def __aiter__(self) -> _Stream:
-        return self
+    async def each(self, take: Callable[[TokenDelta], bool]) -> None:
+        self._enough = asyncio.get_running_loop().create_future()
+        self._hand_over(take)
+        self._take = take
+        try:
+            error = await self._enough
+        finally:
+            self._take = None
+        if error is not None:
+            raise error
 
-    async def __anext__(self) -> TokenDelta:
-        if self._ended and self._queue.empty():
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+    def _hand_over(self, take: Callable[[TokenDelta], bool]) -> None:
+        """Gives what is there to `take`, and says whether that was all that is wanted."""
+        untaken, enough = self._untaken, self._enough
+        try:
+            while untaken and not enough.done():
+                if take(untaken.popleft()):
+                    enough.set_result(None)
+        except Exception as error:  # it is this request's alone
+            enough.set_result(error)
+        if self._ended and not enough.done():
+            enough.set_result(self._failure)
 
     async def aclose(self) -> None:
         if not self._ended:

@@ -2,9 +2,9 @@
 
     engine  --TokenDelta-->  Answer.push  --Piece-->  Generation.batches  -->  chunks, or one fold
 
-One task per engine request takes its deltas in and turns them into pieces at once, so that a stop
-string ends the computing even where the client reads slowly. Pieces gather until the reader looks:
-all those of one engine step reach it together.
+Deltas are turned into pieces as soon as they are read from the engine, so that a stop string ends
+the computing even where the client reads slowly. Pieces gather until the reader looks: all those of
+one engine step reach it together, and wake one task.
 """
 
 from __future__ import annotations
@@ -482,7 +482,9 @@ class Generation:
         news = self._news
         unfinished = len(answers)
         started = False
-        async for delta in stream:
+
+        def take(delta: TokenDelta) -> bool:
+            nonlocal started, unfinished
             if not started and delta.finish_reason != "abort":
                 # The first token is of the answer that read the prompt for all n.
                 started = True
@@ -494,17 +496,22 @@ class Generation:
             if delta.prompt_scores is not None:
                 self._prompt_scores[request.id].append(delta.prompt_scores)
             if answer.finished or not (delta.tokens or delta.finish_reason):
-                continue
+                return False
             piece = answer.push(delta, time.monotonic())
-            if piece is not None:
-                news.pieces.append(piece)
-                news.bell.set()
-                unfinished -= answer.finished
-                if not unfinished:
-                    return await self._settle(request, stream, answers)
-                if answer.finished and delta.finish_reason is None:
+            if piece is None:
+                return False
+            news.pieces.append(piece)
+            news.bell.set()
+            if answer.finished:
+                unfinished -= 1
+                if unfinished and delta.finish_reason is None:
                     self._engine.abort(request.id, delta.index)
-        raise ApiError(500, "the engine ended the request early", code="request_failed")
+            return not unfinished
+
+        await stream.each(take)
+        if unfinished:
+            raise ApiError(500, "the engine ended the request early", code="request_failed")
+        await self._settle(request, stream, answers)
 
     async def _settle(
         self, request: Request, stream: TokenStream, answers: Sequence[Answer]
@@ -514,10 +521,14 @@ class Generation:
         if all(answer.engine_receipt is not None for answer in answers):
             return
         self._engine.abort(request.id)
+
+        def take(delta: TokenDelta) -> bool:
+            answers[delta.index].engine_receipt = delta.receipt
+            return False
+
         # Whatever happens to the engine now, the answers are complete.
         with contextlib.suppress(EngineDead, RequestFailed):
-            async for delta in stream:
-                answers[delta.index].engine_receipt = delta.receipt
+            await stream.each(take)
 
 
 class _Alarm:

@@ -16,8 +16,10 @@ from engine.client import (
     EngineStartError,
     InprocEngine,
     ProcessEngine,
+    TokenStream,
     connect,
 )
+from engine.protocol import TokenDelta
 from scheduler.request import InvalidRequest
 from tests.engine.drive import answers, engine, request
 from tests.models import checkpoints
@@ -45,7 +47,19 @@ async def running(kind: str, path: Path) -> AsyncIterator[InprocEngine | Process
 
 
 async def tokens(client, item) -> list[int]:
-    return [t async for delta in await client.submit(item) for t in delta.tokens]
+    return [t for delta in await deltas(await client.submit(item)) for t in delta.tokens]
+
+
+async def deltas(stream: TokenStream, most: int | None = None) -> list[TokenDelta]:
+    """All, or the next `most`."""
+    taken: list[TokenDelta] = []
+
+    def take(delta: TokenDelta) -> bool:
+        taken.append(delta)
+        return len(taken) == most
+
+    await stream.each(take)
+    return taken
 
 
 async def idle(client) -> None:
@@ -73,7 +87,7 @@ async def test_streams_side_by_side(kind: str, path: Path):
 
 async def _inspection(client) -> None:
     stream = await client.submit(request("seen", range(50, 90), max_tokens=400))
-    await anext(stream)
+    assert len(await deltas(stream, 1)) == 1
     found = await client.inspect(verify=True)
     assert found.problem is None
     [seq] = found.view.sequences
@@ -109,11 +123,11 @@ async def _hang_ups(client) -> None:
     """Streams that are closed, aborted by id, or cancelled free their blocks."""
     long = [request(f"long{i}", [7] * 20, max_tokens=400) for i in range(3)]
     closed, aborted = [await client.submit(item) for item in long[:2]]
-    await anext(closed)
+    await deltas(closed, 1)
     await closed.aclose()
     client.abort("long1")
     client.abort("never seen")
-    reasons = [delta.finish_reason async for delta in aborted]
+    reasons = [delta.finish_reason for delta in await deltas(aborted)]
     assert reasons[-1] == "abort"
     task = asyncio.create_task(client.submit(long[2]))
     await asyncio.sleep(0)
@@ -123,14 +137,37 @@ async def _hang_ups(client) -> None:
     await idle(client)
 
 
+async def test_each_goes_on_where_the_one_before_had_enough(path: Path):
+    async with running("thread", path) as client:
+        stream = await client.submit(request("a", [5], max_tokens=6, ignore_eos=True))
+        first = await deltas(stream, 2)
+        await asyncio.sleep(0.05)  # what comes meanwhile is kept
+        rest = await deltas(stream)
+        assert [len(first), len(first + rest)] == [2, 6]
+        assert [delta.finish_reason for delta in rest[-2:]] == [None, "length"]
+
+
+async def test_what_a_taker_raises_is_its_own(path: Path):
+    def refuse(delta: TokenDelta) -> bool:
+        raise ValueError("no more")
+
+    async with running("thread", path) as client:
+        items = [request(name, [5], max_tokens=6, ignore_eos=True) for name in "ab"]
+        broken, whole = [await client.submit(item) for item in items]
+        taking = asyncio.create_task(deltas(whole))
+        with pytest.raises(ValueError, match="no more"):
+            await broken.each(refuse)
+        await broken.aclose()
+        assert (await taking)[-1].finish_reason == "length"
+
+
 async def test_a_killed_engine_ends_every_stream(path: Path):
     async with running("process", path) as client:
         stream = await client.submit(request("a", [5], max_tokens=500))
-        await anext(stream)
+        await deltas(stream, 1)
         os.kill(client._process.pid, signal.SIGKILL)
         with pytest.raises(EngineDead):
-            async for _ in stream:
-                pass
+            await deltas(stream)
         assert not client.alive
         with pytest.raises(EngineDead):
             await client.submit(request("b", [5]))

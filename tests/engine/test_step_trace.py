@@ -151,8 +151,7 @@ async def test_the_client_reads_it(on: bool) -> None:
         loop = EngineLoop(loop.scheduler, loop.runner, INFO)
     engine = InprocEngine(loop)
     stream = await engine.submit(make_request("a", [1, 2, 3], max_tokens=3))
-    async for _ in stream:
-        pass
+    await stream.each(lambda delta: False)
     view = await asyncio.wait_for(engine.trace(), 10)
     assert (view.keep, len(view.steps)) == ((100, 3) if on else (0, 0))
     await engine.close()

@@ -63,6 +63,21 @@ def fake_prompt_scores(request: Request) -> list[Scores]:
     return [fake_scores(part, asked) for part in (following[:2], following[2:]) if part]
 
 
+@dataclass(frozen=True)
+class FakeStream:
+    """Implements `engine.client.TokenStream`."""
+
+    deltas: AsyncGenerator[TokenDelta, None]
+
+    async def each(self, take: Callable[[TokenDelta], bool]) -> None:
+        async for delta in self.deltas:
+            if take(delta):
+                return
+
+    async def aclose(self) -> None:
+        await self.deltas.aclose()
+
+
 @dataclass
 class FakeEngine:
     """Implements `engine.client.EngineClient`.
@@ -108,7 +123,7 @@ class FakeEngine:
     aborted_answers: list[tuple[str, int]] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 
-    async def submit(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+    async def submit(self, request: Request) -> FakeStream:
         if not self.alive:
             raise EngineDead("it died")
         self.submitted.append(request)
@@ -119,7 +134,7 @@ class FakeEngine:
             raise
         if self.refuse is not None:
             raise self.refuse
-        return self._deltas(request)
+        return FakeStream(self._deltas(request))
 
     async def _deltas(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         left = {index: list(self.say(request, index)) for index in range(request.n)}
