@@ -37,8 +37,9 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestId:
-    """Echoes the client's `x-request-id`, or gives one; `scope["state"]` gets `request_id` and
-    `arrival` (`time.monotonic()`, seconds)."""
+    """Echoes the client's `x-request-id`, or gives one; `scope["state"]` gets `request_id`,
+    `arrival` (`time.monotonic()`, seconds) and `send`: the way to the client past all layers, for
+    what comes between the first and the last part of a body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -51,6 +52,7 @@ class RequestId:
         request_id = given.decode() if known else f"req-{os.urandom(16).hex()}"
         state = scope.setdefault("state", {})
         state["request_id"], state["arrival"] = request_id, time.monotonic()
+        state["send"] = send
         REQUEST_ID.set(request_id)
 
         async def named_send(message: Message) -> None:

@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+
+import msgspec
 
 from engine.client import EngineClient, EngineDead, RequestFailed, TokenStream
 from engine.protocol import Receipt, Scores, TokenDelta
@@ -35,8 +37,7 @@ from server.tools import CallDelta
 IDLE_SECONDS = 15.0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """More text of one answer, and what was asked for beside it; the last piece of an answer has a
     finish reason."""
 
@@ -221,7 +222,7 @@ class Answer:
         thought, told = self._reader.push(piece.text, last=reason is not None)
         if reason == "stop" and piece.stop_reason is None and self._reader.called:
             reason = "tool_calls"
-        return replace(
+        return msgspec.structs.replace(
             piece, text=told.content, finish_reason=reason, reasoning=thought, calls=told.calls
         )
 

@@ -234,7 +234,8 @@ async def comment(generation: Generation, positions: QueuePositions) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the events of one answer; the status is only sent with the first of them.
+    """Sends the events of one answer; the status is only sent with the first of them. The layers of
+    the application see the beginning and the end: what lies between is sent past them.
 
     A client that goes away is noticed by `edge.HangUp`, which cancels the task that runs this.
     """
@@ -252,10 +253,11 @@ class EventStream(Response):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        straight: Send = scope["state"]["send"]
         async with aclosing(self._items) as items:
             first = await anext(items)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             async for item in items:
-                await send({"type": "http.response.body", "body": item, "more_body": True})
+                await straight({"type": "http.response.body", "body": item, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
