@@ -176,9 +176,8 @@ class Answer:
         ):
             shown -= 1
         if self._stops is None and self._trail is None:
-            push = self._detokenizer.push
             self.tokens += len(tokens)
-            return "".join([push(token) for token in tokens[:shown]])
+            return "".join(map(self._detokenizer.push, tokens[:shown]))
         text = ""
         for place, token in enumerate(tokens[:shown]):
             text += self._read_one(token, delta.scores, place)
@@ -260,11 +259,34 @@ class Usage:
         }
 
 
+class _Bell:
+    """Wakes one task. An `asyncio.Event` may have many that wait, and costs thrice as much; here it
+    is paid for every token."""
+
+    __slots__ = ("_rung", "_waiter")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """The next `heard` returns, or the one that waits."""
+        self._rung = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def heard(self) -> None:
+        if not self._rung:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._rung = False
+
+
 @dataclass(slots=True)
 class _News:
     """What the tasks have for the reader, and the bell that wakes it."""
 
-    bell: asyncio.Event = field(default_factory=asyncio.Event)
+    bell: _Bell = field(default_factory=_Bell)
     pieces: list[Piece] = field(default_factory=list)
     error: Exception | None = None
 
@@ -407,8 +429,7 @@ class Generation:
         news = self._news
         with _Alarm(news.bell) as alarm:
             while True:
-                await news.bell.wait()
-                news.bell.clear()
+                await news.bell.heard()
                 if news.error is not None and self._not_admitted:
                     raise news.error
                 if self._not_admitted:
@@ -451,7 +472,7 @@ class Generation:
             self._news.error = self._news.error or error
         finally:
             self._open -= 1
-            self._news.bell.set()
+            self._news.bell.ring()
 
     async def _submit(self, request: Request, answers: Sequence[Answer]) -> TokenStream:
         try:
@@ -502,8 +523,8 @@ class Generation:
             if piece is None:
                 return False
             news.pieces.append(piece)
-            news.bell.set()
-            if answer.finished:
+            news.bell.ring()
+            if piece.finish_reason is not None:
                 unfinished -= 1
                 if unfinished and delta.finish_reason is None:
                     self._engine.abort(request.id, delta.index)
@@ -536,7 +557,7 @@ class _Alarm:
     """Rings a bell after `IDLE_SECONDS` without a reset. One timer at a time, moved only when it
     goes off: a reset per step costs a clock reading."""
 
-    def __init__(self, bell: asyncio.Event) -> None:
+    def __init__(self, bell: _Bell) -> None:
         self._bell = bell
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
@@ -556,7 +577,7 @@ class _Alarm:
 
     def _ring(self) -> None:
         if self.idle():
-            self._bell.set()
+            self._bell.ring()
         wait = max(self._last + IDLE_SECONDS - self._loop.time(), IDLE_SECONDS / 10)
         self._timer = self._loop.call_later(wait, self._ring)
 

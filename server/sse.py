@@ -9,6 +9,7 @@ chunks of a response and are encoded once. The contract's fields stand in this o
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -195,24 +196,19 @@ async def events(
     """
     started = False
     unopened = set(range(generation.count))
-
-    def usage_field() -> bytes:
-        if options.in_every_chunk:
-            return b',"usage":' + _json(generation.usage.fields())
-        return b',"usage":null' if options.at_end else b""
-
+    usage = b',"usage":null' if options.at_end else b""
     try:
         async with generation, aclosing(generation.batches()) as batches:
             async for pieces in batches:
-                usage = usage_field()
-                write = []
+                if options.in_every_chunk:
+                    usage = b',"usage":' + _json(generation.usage.fields())
+                write = [] if pieces else [await comment(generation, positions)]
                 if unopened:
                     new = unopened.intersection(piece.index for piece in pieces)
                     unopened -= new
-                    write = [chunks.opening(index, usage) for index in sorted(new)]
-                write += [chunks.piece(piece, usage) for piece in pieces]
-                if not pieces:
-                    write = [await comment(generation, positions)]
+                    write += [chunks.opening(index, usage) for index in sorted(new)]
+                for piece in pieces:
+                    write.append(chunks.piece(piece, usage))
                 started = True
                 yield b"".join(write)
     except Exception as error:
@@ -253,7 +249,12 @@ class EventStream(Response):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        straight: Send = scope["state"]["send"]
+        # In a task of its own: waking one passes through all that it awaits, and a request's task
+        # awaits the whole application.
+        await asyncio.create_task(self._send(send, scope["state"]["send"]))
+
+    async def _send(self, send: Send, straight: Send) -> None:
+        """`send` passes the layers of the application, `straight` does not."""
         async with aclosing(self._items) as items:
             first = await anext(items)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
