@@ -8,12 +8,13 @@ neither is needed on a machine that does not use it.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kernels import int8
+from kernels.decode_choices import every_choice
 from kernels.pages import Pages, QuantizedPages, tile_bytes
 
 _MODULES = {
@@ -131,9 +132,16 @@ def warm_up(
     backend.store_kv(key, value, pages, slots)
     query = query.contiguous()
     # Narrow and wide tables: the Triton kernels specialize on one split at most and on several.
+    choices: list[dict[str, Any]] = [{}]
+    if backend.name == "triton":
+        shape = importlib.import_module("kernels.paged_decode").head_shape(heads, pages)
+        choices = [{"choice": choice} for choice in every_choice(shape)]
     for width in (1, (1 << 15) // block_size):
         wide = tables.expand(-1, width).contiguous()
-        backend.paged_decode(query, pages, wide, lengths, max_context_len=block_size, **options)
+        for choice in choices:
+            backend.paged_decode(
+                query, pages, wide, lengths, max_context_len=block_size, **choice, **options
+            )
     # Likewise for chunks: the hint of 64 selects the kernel for long ones.
     for chunk, longest in ((1, 1), (block_size, 64)):
         starts = torch.tensor([0, 1, 1 + chunk], dtype=torch.int32, device=device)

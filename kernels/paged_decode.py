@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_choices import MAX_SEQS, Choice, SplitPlan, derive, plan_splits
+from kernels.decode_choices import MAX_SEQS, Choice, HeadShape, SplitPlan, choose, plan_splits
 from kernels.kv_tile import fold_scales, load_keys, load_values, tile_rows
 from kernels.pages import Pages, memory, page_shape
 
@@ -248,11 +248,11 @@ def paged_decode(
     out = torch.empty_like(query) if out is None else out
     kv_heads, block_size, _ = page_shape(pages)
     blocks, format = memory(pages)
+    longest = block_tables.shape[1] * block_size
+    longest = min(longest, window) if window else longest
     if choice is None:
-        choice = derive(head_dim, blocks.stride(2) * blocks.itemsize // block_size)
+        choice = choose(head_shape(heads, pages), seqs, longest)
     if splits is None:
-        longest = block_tables.shape[1] * block_size
-        longest = min(longest, window) if window else longest
         processors = count_processors(query.device)
         splits = plan_splits(choice, seqs, kv_heads, longest, processors)
     bounds = splits.bound, splits.wanted, splits.least
@@ -308,6 +308,13 @@ def paged_decode(
     return out
 
 
+def head_shape(heads: int, pages: Pages) -> HeadShape:
+    kv_heads, block_size, head_dim = page_shape(pages)
+    blocks, _ = memory(pages)
+    row_bytes = blocks.stride(2) * blocks.itemsize // block_size
+    return HeadShape(heads, kv_heads, head_dim, row_bytes, compute_capability(blocks.device))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """tl.dot rounds float32 inputs to TF32 unless told not to."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -323,5 +330,8 @@ def count_processors(device: torch.device) -> int:
 
 @cache
 def compute_capability(device: torch.device) -> int:
-    """The major compute capability of a CUDA device; 9 elsewhere (the interpreter)."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    """The compute capability of a CUDA device, 90 for 9.0; 0 elsewhere (the interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -145,7 +145,7 @@ def paged_prefill(
     out = torch.empty_like(query) if out is None else out
     kv_heads, block_size, head_dim = page_shape(pages)
     blocks, format = memory(pages)
-    major = compute_capability(query.device)
+    major = compute_capability(query.device) // 10 or 9
     shape = prefill_shape(query.shape[1], kv_heads, head_dim, max_query_len, major)
     tiles = triton.cdiv(max_query_len, shape["ROWS"] // shape["GROUP"])
     with torch.cuda.device_of(query):
