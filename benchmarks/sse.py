@@ -213,10 +213,7 @@ class Client:
         except BaseException:
             connection.close()
             raise
-        if connection.reusable:
-            self._idle.append(connection)
-        else:
-            connection.close()
+        self._idle.append(connection)
         if reply.status != 200:
             kind = Refused if reply.status in (429, 503) else BenchError
             raise kind(f"status {reply.status}: {reply.body.decode(errors='replace')[:300]}")
@@ -225,7 +222,7 @@ class Client:
     def _take(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if connection.reusable:  # the server has not closed it meanwhile
+            if connection.reusable:  # else the server closes it, or has done so
                 return connection
         return None
 

@@ -154,6 +154,16 @@ async def test_a_short_round_comes_first_and_is_not_counted() -> None:
     assert [len(one.answers) for one in rounds] == [6, 6] and len(told) == 12
 
 
+async def test_each_round_has_the_next_seed() -> None:
+    asked: list[dict[str, Any]] = []
+    work = Independent(Dialect("m", vocab_size=10), Lengths(1, 50), Lengths(1, 9))
+    async with serving(noting(asked)) as client:
+        await measure(client, work, ClosedLoop(1, 8), rounds=2, seed=4, warm_up=False)
+        await run_round(client, work, ClosedLoop(1, 8), seed=5)
+    lengths = [len(body["prompt"]) for body in asked]
+    assert lengths[:8] != lengths[8:16] == lengths[16:]
+
+
 async def test_nobody_there() -> None:
     with pytest.raises(BenchError, match="no server at"):
         await measure(Client("http://127.0.0.1:1"), WORK, ClosedLoop(1))
