@@ -152,6 +152,51 @@ def check_kernels(device: torch.device) -> bool:
     return all(value < TOLERANCE for value in worst.values())
 
 
+def check_layers(device: torch.device) -> bool:
+    """The fused operations of the backend in bf16 against their twins in float32, if it has any."""
+    ops = dispatch.backend(device).layers
+    if ops is None:
+        print("\nno fused layers on this device")
+        return True
+    tokens, heads, kv_heads, head_dim, size = 37, 16, 8, 128, 1024
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).bfloat16()
+
+    x, stream, scale = draw(tokens, size), draw(tokens, size), draw(size).float()
+    gate_up, qkv = draw(tokens, 2 * 3072), draw(tokens, heads + 2 * kv_heads, head_dim)
+    weight, angles = (
+        draw(heads + kv_heads, head_dim).float(),
+        draw(tokens, 1, head_dim // 2).float(),
+    )
+    rotation = angles.cos().repeat(1, 1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
+    pages, wide = (
+        torch.zeros(2, 5, kv_heads, 16, head_dim, dtype=dtype, device=device)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    slots = torch.randperm(80, device=device)[:tokens]
+    rest = rotation, weight, 1e-6
+    # The stream is rounded before it is normalized; the twin gets the rounded one.
+    summed = (x + stream).float()
+    pairs = {
+        "add + norm": (
+            ops.add_rms_norm(x, stream, scale, 1e-6),
+            reference.add_rms_norm(torch.zeros_like(summed), summed, scale, 1e-6),
+        ),
+        "gated": (ops.gated(gate_up, "silu"), reference.gated(gate_up.float(), "silu")),
+        "turn": (
+            ops.turn_and_store(qkv, *rest, pages, slots),
+            reference.turn_and_store(qkv.float(), *rest, wide, slots),
+        ),
+        "store": (pages, wide),
+    }
+    worst = {name: error(got, want.double()) for name, (got, want) in pairs.items()}
+    print("\n| fused | error | |\n|---|---|---|")
+    for name, value in worst.items():
+        print(f"| {name} | {value:.1e} | {'ok' if value < TOLERANCE else 'WRONG'} |")
+    return all(value < TOLERANCE for value in worst.values())
+
+
 def check_parity(device: torch.device) -> bool:
     """Runs the suite's parity and crowd tests with the engine on `device`."""
     print("\ngreedy float32 against transformers, through preemption:\n", flush=True)
@@ -171,7 +216,8 @@ def main() -> int:
             print("no GPU can be used here", file=sys.stderr)
             return 2
         print(torch.cuda.get_device_name(device), "torch", torch.__version__)
-    return 0 if check_kernels(device) & check_parity(device) else 1
+    kernels = check_kernels(device) & check_layers(device)
+    return 0 if kernels & check_parity(device) else 1
 
 
 if __name__ == "__main__":
