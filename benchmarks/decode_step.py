@@ -1,7 +1,7 @@
-"""Times a decode step of a random Llama on this CPU: compiled as one call, as separate operations,
-and as separate operations on oneDNN's own products.
+"""Times a decode step of a random Llama on this CPU: compiled as one call, the same with int8
+weights, as separate operations, and as separate operations on oneDNN's own products.
 
-`python -m benchmarks.decode_step` prints a table. The three take turns within each round. With
+`python -m benchmarks.decode_step` prints a table. The four take turns within each round. With
 `--cpu-time` the CPU time of one thread is counted and not the wait for a core: for busy machines.
 """
 
@@ -17,11 +17,11 @@ from kernels import dispatch
 from models import loader, registry
 from models.context import ForwardContext, GroupTables
 from models.decoder import Decoder
-from models.layers import Linear
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
-VARIANTS = ("compiled", "separate", "separate, oneDNN")
+INT8 = "compiled, int8"
+VARIANTS = ("compiled", INT8, "separate", "separate, oneDNN")
 
 
 def batch(decoder: Decoder, rows: int, context: int) -> ForwardContext:
@@ -44,22 +44,13 @@ def batch(decoder: Decoder, rows: int, context: int) -> ForwardContext:
     )
 
 
-def linears(decoder: Decoder) -> list[Linear]:
-    """Every matrix of the layers."""
-    return [
-        linear
-        for layer in decoder.layers
-        for linear in (
-            layer.attention.qkv,
-            layer.attention.output,
-            layer.mlp.gate_up,
-            layer.mlp.down,
-        )
-    ]
-
-
 def measure(
-    decoder: Decoder, ids: Tensor, ctx: ForwardContext, rounds: int, cpu_time: bool
+    decoder: Decoder,
+    quantized: Decoder,
+    ids: Tensor,
+    ctx: ForwardContext,
+    rounds: int,
+    cpu_time: bool,
 ) -> dict[str, list[float]]:
     """Milliseconds of a step by variant, one number per round."""
     clock = time.thread_time if cpu_time else time.perf_counter
@@ -68,11 +59,12 @@ def measure(
     for _ in range(rounds + 1):
         for name in VARIANTS:
             decoder.compiled = name == "compiled"
-            for linear in linears(decoder):
+            for linear in decoder.linears():
                 linear.most_few = 0 if name == "separate, oneDNN" else few_rows
+            model = quantized if name == INT8 else decoder
             start = clock()
             for _ in range(5):
-                decoder.forward(ids, ctx)
+                model.forward(ids, ctx)
             times[name].append(1e3 * (clock() - start) / 5)
     decoder.compiled = True
     return {name: found[1:] for name, found in times.items()}  # the first was the warm-up
@@ -89,9 +81,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time:
         torch.set_num_threads(1)
-    decoder = loader.random_init(registry.parse_config(LLAMA_56M), torch.bfloat16, CPU)
-    assert isinstance(decoder, Decoder)
-    if not decoder.compiled:
+    config = registry.parse_config(LLAMA_56M)
+    decoder, quantized = (
+        loader.random_init(config, torch.bfloat16, CPU, quantization=name)
+        for name in ("none", "int8")
+    )
+    assert isinstance(decoder, Decoder) and isinstance(quantized, Decoder)
+    if not decoder.compiled or not quantized.compiled:
         raise SystemExit("this CPU has no AVX512-BF16, or oneDNN packs weights in another way")
     print(
         f"ms per step, median [range] of {args.rounds} rounds, {torch.get_num_threads()} threads\n"
@@ -99,7 +95,7 @@ def main() -> None:
     print("| rows | " + " | ".join(VARIANTS) + " |\n|--:|" + "--:|" * len(VARIANTS))
     for rows in (1, 4, 16, 64):
         ctx, ids = batch(decoder, rows, args.context), torch.zeros(rows, dtype=torch.int64)
-        times = measure(decoder, ids, ctx, args.rounds, args.cpu_time)
+        times = measure(decoder, quantized, ids, ctx, args.rounds, args.cpu_time)
         cells = [
             f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
             for found in times.values()

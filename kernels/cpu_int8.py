@@ -46,13 +46,12 @@ DIRECT_ROWS = 4
 """Rows that multiply while they convert: their sums, the tables and a panel fit into registers."""
 ROW_BLOCK = 256
 """Rows whose sums are kept at once."""
-WIDE = 64 * PANEL
-"""Scratch for a converted part of a panel: 64 pairs of inputs, which the first cache holds."""
+WIDE_PAIRS = 64
+"""Pairs of inputs that are converted at once: 16 KiB of bfloat16, which the first cache holds."""
 
 _VECTORS = PANEL // LANES
 _BYTES = 64  # of a vector
 _PAIR_BYTES = PANEL * 2
-_WIDE_PAIRS = WIDE // PANEL
 _AHEAD_BYTES = 4096
 _BYTES_PER_THREAD = 256 << 10
 
@@ -84,6 +83,7 @@ class Int8Linear:
 
     Attributes:
         panels, scales, bias: addresses; a bias of 0 is none
+        in_panels: whether they are whole panels, as the compiled step takes them
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
@@ -92,6 +92,7 @@ class Int8Linear:
         panels = _panels(torch.nn.functional.pad(codes, (0, 0, 0, missing)))
         scales = torch.nn.functional.pad(scales, (0, missing))
         padded = None if bias is None else torch.nn.functional.pad(bias, (0, missing))
+        self.in_panels = missing == 0
         self._owners = panels, scales, padded
         self.panels, self.scales = panels.data_ptr(), scales.data_ptr()
         self.bias = 0 if padded is None else padded.data_ptr()
@@ -146,7 +147,7 @@ def _worker():
 
 @helper
 def _multiply(job):
-    sums, wide = scratch(min(job.rows, ROW_BLOCK) * PANEL), scratch(WIDE)
+    sums = scratch(min(job.rows, ROW_BLOCK) * PANEL)
     while True:
         task = take(job.address)
         if task >= job.tasks:
@@ -155,7 +156,7 @@ def _multiply(job):
         for first in range(0, job.rows, ROW_BLOCK):
             rows = min(ROW_BLOCK, job.rows - first)
             x = job.x + first * job.x_stride * 2
-            multiply_int8_panel(rows, x, job.x_stride, panel, job.pairs, sums, wide)
+            multiply_int8_panel(rows, x, job.x_stride, panel, job.pairs, sums)
             scale_sums(sums, rows, job.scales, task)
             add_bias(sums, rows, job.bias, task)
             for r in range(rows):
@@ -180,18 +181,17 @@ def scale_sums(sums, rows, scales, panel):
 
 
 @helper
-def multiply_int8_panel(rows, x, x_stride, panel, pairs, sums, wide):
-    """sums[r, i] = x[r] . panel[:, i] for r < rows and i < 64, without the scales.
-
-    As `cpu_linear.multiply_panel`; `wide` is scratch of WIDE float32 numbers.
-    """
+def multiply_int8_panel(rows, x, x_stride, panel, pairs, sums):
+    """sums[r, i] = x[r] . panel[:, i] for r < rows and i < 64, without the scales; else as
+    `cpu_linear.multiply_panel`."""
     if rows <= DIRECT_ROWS:
         _multiply_codes(rows, x, x_stride, panel, pairs, address(sums, 0), 0)
         return
+    wide = scratch(WIDE_PAIRS * PANEL)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     height = (rows + tiles - 1) // tiles
-    for first in range(0, pairs, _WIDE_PAIRS):
-        count = min(_WIDE_PAIRS, pairs - first)
+    for first in range(0, pairs, WIDE_PAIRS):
+        count = min(WIDE_PAIRS, pairs - first)
         _convert(panel + first * _PAIR_BYTES, count, address(wide, 0))
         for r in range(0, rows, height):
             here = x + 2 * (r * x_stride + 2 * first)

@@ -68,7 +68,7 @@ class PackedLinear:
         bias: bfloat16 [outputs]
 
     Attributes:
-        panels, bias: addresses; a bias of 0 is none
+        panels, scales, bias: addresses; a bias of 0 is none, and there are no scales
     """
 
     def __init__(self, packed: Tensor, outputs: int, inputs: int, bias: Tensor | None):
@@ -76,6 +76,7 @@ class PackedLinear:
         self.outputs, self.inputs = outputs, inputs
         self.panels = int(torch.ops.mkldnn.data_ptr(packed))
         self.bias = 0 if bias is None else bias.data_ptr()
+        self.scales = 0
         self._job = np.zeros((), JOB)  # what is the same in every call
         self._job["tasks"], self._job["pairs"] = outputs // PANEL, inputs // 2
         self._job["panels"], self._job["bias"] = self.panels, self.bias

@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels import (
     cpu_attention,
     cpu_formats,
+    cpu_int8,
     cpu_kernels,
     cpu_linear,
     cpu_pages,
@@ -36,6 +37,7 @@ from kernels import (
     cpu_vectors,
 )
 from kernels.cpu_formats import BFLOAT16, load, load_row, store, store_row
+from kernels.cpu_int8 import Int8Linear, int8_panel_at, multiply_int8_panel, scale_sums
 from kernels.cpu_kernels import attend_tasks, combine_tasks
 from kernels.cpu_linear import MOST_ROWS, PANEL, PackedLinear, add_bias, multiply_panel, panel_at
 from kernels.cpu_pages import JOB as ATTENTION_JOB
@@ -51,12 +53,12 @@ FEW_ROWS = 24
 """Rows up to which threads share panels: reading the weights takes longer than using them."""
 PHASES = 7  # of a layer, the most that either way has
 
-_MATRICES = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down")
+_MATRICES = ("qkv", "output", "gate_up", "down")
+# The panels are bfloat16 (`cpu_linear`) where the scales are 0, else int8 (`cpu_int8`).
+MATRIX = np.dtype([(name, np.int64) for name in ("panels", "scales", "bias")])
 LAYER = np.dtype(
-    [
-        (name, np.int64)
-        for name in (*_MATRICES, "down_bias", "attention_norm", "mlp_norm", "head_norm", "rotated")
-    ]
+    [(name, MATRIX) for name in _MATRICES]
+    + [(name, np.int64) for name in ("attention_norm", "mlp_norm", "head_norm", "rotated")]
 )
 _LAYER_RECORD = from_dtype(LAYER)
 _SIZES = ("rows", "block_rows", "layers", "hidden", "inner", "heads", "kv_heads", "head_dim")
@@ -85,10 +87,10 @@ class StepLayer:
         scale, window: of the attention (`kernels.reference`)
     """
 
-    qkv: PackedLinear
-    output: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
+    qkv: PackedLinear | Int8Linear
+    output: PackedLinear | Int8Linear
+    gate_up: PackedLinear | Int8Linear
+    down: PackedLinear | Int8Linear
     attention_norm: Tensor
     mlp_norm: Tensor
     head_norm: Tensor | None
@@ -219,9 +221,9 @@ def _block_rows(rows: int, threads: int) -> int:
 
 
 def _fill(record: np.ndarray, layer: StepLayer) -> None:
-    for name in ("qkv", "output", "gate_up", "down"):
-        linear: PackedLinear = getattr(layer, name)
-        record[name], record[f"{name}_bias"] = linear.panels, linear.bias
+    for name in _MATRICES:
+        linear: PackedLinear | Int8Linear = getattr(layer, name)
+        record[name] = linear.panels, linear.scales, linear.bias
     record["attention_norm"] = layer.attention_norm.data_ptr()
     record["mlp_norm"] = layer.mlp_norm.data_ptr()
     record["head_norm"] = 0 if layer.head_norm is None else layer.head_norm.data_ptr()
@@ -244,8 +246,8 @@ def _fill_attention(record: np.ndarray, layer: StepLayer, pages: Pages, heads: i
 @cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    modules = cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_kernels, cpu_linear, cpu_phase
-    primitives = fingerprint(*modules)
+    modules = cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_kernels, cpu_phase
+    primitives = fingerprint(*modules, cpu_linear, cpu_int8)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def step(pointer):
@@ -276,7 +278,7 @@ def _share_panels(job):
             task = take(phase)
             if task >= width // PANEL:
                 break
-            _multiply(rows, x, hidden, layer.qkv, layer.qkv_bias, task, sums)
+            _multiply(rows, x, hidden, layer.qkv, task, sums)
             _write(rows, sums, job.qkv, width, task)
             done += 1
         meet(phase, done, width // PANEL, job.give_way)
@@ -292,7 +294,7 @@ def _share_panels(job):
         meet(phase, done, rows * job.kv_heads, job.give_way)
         phase = _attend(job, index, phase + PHASE_BYTES)
         depth = job.heads * job.head_dim
-        matrix = layer.output, layer.output_bias
+        matrix = layer.output
         done = _add_product(job, phase, job.attended, depth, matrix, sums)
         meet(phase, done, hidden // PANEL, job.give_way)
         phase += PHASE_BYTES
@@ -306,7 +308,7 @@ def _share_panels(job):
             done += 1
         meet(phase, done, job.inner // PANEL, job.give_way)
         phase += PHASE_BYTES
-        matrix = layer.down, layer.down_bias
+        matrix = layer.down
         done = _add_product(job, phase, job.inner_rows, job.inner, matrix, sums)
         meet(phase, done, hidden // PANEL, job.give_way)
     while True:
@@ -354,7 +356,7 @@ def _begin_layer(job, index, first, end, x, sums, line, turning):
     _normalize(job, layer.attention_norm, first, end, x, line)
     target = job.qkv + first * width * 2
     for panel in range(width // PANEL):
-        _multiply(rows, x, hidden, layer.qkv, layer.qkv_bias, panel, sums)
+        _multiply(rows, x, hidden, layer.qkv, panel, sums)
         _write(rows, sums, target, width, panel)
     for row in range(first, end):
         for head in range(job.kv_heads):
@@ -367,14 +369,14 @@ def _end_layer(job, layer, first, end, x, inner, sums, line):
     hidden, depth, rows = job.hidden, job.heads * job.head_dim, end - first
     source, stream = job.attended + first * depth * 2, job.stream + first * hidden * 4
     for panel in range(hidden // PANEL):
-        _multiply(rows, source, depth, layer.output, layer.output_bias, panel, sums)
+        _multiply(rows, source, depth, layer.output, panel, sums)
         _add(rows, sums, stream, hidden, panel)
     _normalize(job, layer.mlp_norm, first, end, x, line)
     source = inner.ctypes.data
     for panel in range(job.inner // PANEL):
         _multiply_gated(job, layer, rows, x, panel, source, sums)
     for panel in range(hidden // PANEL):
-        _multiply(rows, source, job.inner, layer.down, layer.down_bias, panel, sums)
+        _multiply(rows, source, job.inner, layer.down, panel, sums)
         _add(rows, sums, stream, hidden, panel)
 
 
@@ -424,11 +426,16 @@ def _scale_to_unit(out, numbers, scale, count, eps):
 
 
 @helper
-def _multiply(rows, x, depth, panels, bias, index, sums):
+def _multiply(rows, x, depth, matrix, index, sums):
     """sums [rows, 64] = x [rows, depth] @ one panel + its bias"""
     pairs = depth // 2
-    multiply_panel(rows, x, depth, panel_at(panels, index, pairs), pairs, sums)
-    add_bias(sums, rows, bias, index)
+    if matrix.scales:
+        panel = int8_panel_at(matrix.panels, index, pairs)
+        multiply_int8_panel(rows, x, depth, panel, pairs, sums)
+        scale_sums(sums, rows, matrix.scales, index)
+    else:
+        multiply_panel(rows, x, depth, panel_at(matrix.panels, index, pairs), pairs, sums)
+    add_bias(sums, rows, matrix.bias, index)
 
 
 @helper
@@ -451,13 +458,12 @@ def _add(rows, sums, stream, outputs, panel):
 @helper
 def _add_product(job, phase, x, depth, matrix, sums):
     """Adds x [rows, depth] @ matrix to the stream, panel by panel; how many were this thread's."""
-    panels, bias = matrix
     done = 0
     while True:
         task = take(phase)
         if task >= job.hidden // PANEL:
             return done
-        _multiply(job.rows, x, depth, panels, bias, task, sums)
+        _multiply(job.rows, x, depth, matrix, task, sums)
         _add(job.rows, sums, job.stream, job.hidden, task)
         done += 1
 
@@ -466,9 +472,9 @@ def _add_product(job, phase, x, depth, matrix, sums):
 def _multiply_gated(job, layer, rows, x, panel, target, sums):
     """One panel of silu(x @ gate) * (x @ up), as bfloat16 into [rows, inner] at `target`."""
     gates, ups = sums[: rows * PANEL], sums[rows * PANEL :]
-    matrix, bias, second = layer.gate_up, layer.gate_up_bias, job.inner // PANEL
-    _multiply(rows, x, job.hidden, matrix, bias, panel, gates)
-    _multiply(rows, x, job.hidden, matrix, bias, second + panel, ups)
+    matrix, second = layer.gate_up, job.inner // PANEL
+    _multiply(rows, x, job.hidden, matrix, panel, gates)
+    _multiply(rows, x, job.hidden, matrix, second + panel, ups)
     silu_times(address(gates, 0), address(ups, 0), rows * PANEL // LANES)
     _write(rows, gates, target, job.inner, panel)
 

@@ -83,17 +83,17 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
 
 def int8_linear(
     codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+) -> int8.Product:
     """The product `x @ weight.T + bias` with an int8 matrix (`kernels.int8`), for rows of `dtype`,
     as the device of the codes does it best."""
     if codes.device.type == "cuda":
         on_gpu = importlib.import_module("kernels.int8_linear").Int8Linear(codes, scales, bias)
         on_gpu.warm_up(dtype)
-        return cast("Callable[[Tensor], Tensor]", on_gpu)
+        return cast("int8.Product", on_gpu)
     if codes.device.type == "cpu" and dtype == torch.bfloat16:
         cpu_int8 = importlib.import_module("kernels.cpu_int8")
         if cpu_int8.serves(codes):
-            return cast("Callable[[Tensor], Tensor]", cpu_int8.Int8Linear(codes, scales, bias))
+            return cast("int8.Product", cpu_int8.Int8Linear(codes, scales, bias))
     return int8.Int8Linear(codes, scales, bias)
 
 

@@ -4,6 +4,8 @@ plain torch, for every device and dtype. The faster products are tested against 
     weight[o, i] = scales[o] * codes[o, i],    codes in [-127, 127]
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,8 +53,23 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> T
     return out
 
 
+class Product(Protocol):
+    """`multiply` with one matrix.
+
+    Attributes:
+        in_panels: whether it lies as the compiled step of CPUs reads it
+    """
+
+    in_panels: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, inputs] -> [rows, outputs]"""
+
+
 class Int8Linear:
-    """`multiply` with one matrix."""
+    """The `Product` in torch."""
+
+    in_panels = False
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         self.matrix = codes, scales, bias

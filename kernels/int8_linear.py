@@ -56,6 +56,8 @@ def int8_kernel(
 class Int8Linear:
     """`x @ weight.T + bias` on a GPU, for any number of rows."""
 
+    in_panels = False
+
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         self.codes, self.scales, self.bias = codes, scales, bias
         self.outputs, self.inputs = codes.shape

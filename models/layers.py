@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.int8 import quantize
+from kernels.int8 import Product, quantize
 
 PANEL = 64  # outputs that lie together in a packed bfloat16 weight (`kernels.cpu_linear`)
 STREAMED_BYTES = 4 << 20  # weights this large come from memory on each call, not from a cache
@@ -56,7 +56,7 @@ class Linear:
         self.bias = torch.empty(sum(outputs), dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
         self.to_int8 = False
-        self.int8: Callable[[Tensor], Tensor] | None = None
+        self.int8: Product | None = None
         self.least_rows = 0
         self.few: Callable[[Tensor], Tensor] | None = None
         self.most_few = 0
@@ -92,6 +92,7 @@ class Linear:
         if self.weight is not None and self.to_int8:
             codes, scales = quantize(self.weight)
             self.int8 = dispatch.int8_linear(codes, scales, self.bias, self.weight.dtype)
+            self.few = self.int8 if self.int8.in_panels else None
             self.weight = None
         elif self.weight is not None and can_pack(self.weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)

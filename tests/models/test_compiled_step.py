@@ -44,6 +44,7 @@ KINDS: dict[str, dict[str, object]] = {
         "no_rope_layers": [1, 0, 1],
     },
 }
+CASES = [*((kind, False) for kind in KINDS), ("qwen2", True), ("qwen3", True)]
 LENGTHS = ([1], [17], [3, 40, 1200], [5] * 7, [1 + i for i in range(MOST_ROWS)])
 
 
@@ -55,8 +56,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def decoders(kind: str) -> tuple[Decoder, Decoder]:
-    """The same weights in bfloat16 and in float32, ready."""
+def decoders(kind: str, quantized: bool = False) -> tuple[Decoder, Decoder]:
+    """The same weights in bfloat16 and in float32, or the same int8 ones, ready."""
     config = registry.parse_config({**SIZES, **KINDS[kind]})
     generator = torch.Generator().manual_seed(len(kind))
     short, exact = (registry.build(config, t, CPU) for t in (torch.bfloat16, torch.float32))
@@ -67,6 +68,8 @@ def decoders(kind: str) -> tuple[Decoder, Decoder]:
         tensor.copy_(noise * config.hidden_size**-0.5 if matrix else 0.2 * noise + ("norm" in name))
         wide[name].copy_(tensor)
     for decoder in (short, exact):
+        if quantized:
+            decoder.quantize()
         decoder.prepare()
         assert isinstance(decoder, Decoder)
     return short, exact  # type: ignore[return-value]
@@ -130,9 +133,9 @@ def needs_step(decoder: Decoder) -> None:
         pytest.skip("needs AVX512-BF16 and oneDNN's known layout")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_as_exact_as_separate_operations(kind: str, threads: int) -> None:
-    short, exact = decoders(kind)
+@pytest.mark.parametrize(("kind", "quantized"), CASES)
+def test_it_is_as_exact_as_separate_operations(kind: str, quantized: bool, threads: int) -> None:
+    short, exact = decoders(kind, quantized)
     needs_step(short)
     for lengths in LENGTHS:
         ids = torch.arange(len(lengths)) % 96
@@ -148,9 +151,9 @@ def test_it_is_as_exact_as_separate_operations(kind: str, threads: int) -> None:
             assert error(ours, theirs) < 1e-2, "stored keys and values"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_prompts_beside_decodes(kind: str, threads: int) -> None:
-    short, exact = decoders(kind)
+@pytest.mark.parametrize(("kind", "quantized"), CASES)
+def test_prompts_beside_decodes(kind: str, quantized: bool, threads: int) -> None:
+    short, exact = decoders(kind, quantized)
     needs_step(short)
     for lengths, chunks in (([9], [9]), ([7, 3, 90, 700, 33], [1, 1, 90, 300, 33])):
         ids = torch.arange(sum(chunks)) % 96
@@ -166,8 +169,9 @@ def test_prompts_beside_decodes(kind: str, threads: int) -> None:
             assert error(ours, theirs) < 1e-2, "stored keys and values"
 
 
-def test_a_row_depends_neither_on_the_way_nor_on_the_chunk_beside_it() -> None:
-    short, _ = decoders("llama")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_row_depends_neither_on_the_way_nor_on_the_chunk_beside_it(quantized: bool) -> None:
+    short, _ = decoders("llama", quantized)
     needs_step(short)
     lengths, chunks = [40, 200], [1, 100]
     ids = torch.arange(sum(chunks)) % 96
