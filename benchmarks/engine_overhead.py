@@ -122,9 +122,8 @@ class Case:
         self._numbers, self._rounds = random.Random(0), 0
         lengths = [LENGTH + place % BLOCK_SIZE for place in range(decodes)]
         self._take(prompts(self._numbers, lengths, CONTEXT - LENGTH - BLOCK_SIZE, "decode"))
-        while any(
-            not seq.num_generated for seq in [*self.scheduler.waiting, *self.scheduler.running]
-        ):
+        running = self.scheduler.running
+        while self.scheduler.waiting or not all(seq.num_generated for seq in running):
             self._loop.step()
         self._loop.collect()
 
