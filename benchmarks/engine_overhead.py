@@ -90,7 +90,7 @@ class IdleRunner:
         self._inputs = InputBuilder(self._state, (), (0,), BLOCK_SIZE, dispatch.backend(CPU))
         self._watch = watch
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult:
         self._watch.time("inputs", lambda: self._build(plan))
         return StepResult(plan.id, [7] * sum(item.wants_token for item in plan.scheduled))
 

@@ -44,7 +44,7 @@ INFO = EngineInfo(
 class NoDevice:
     """Answers every plan with the same token."""
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult:
         return StepResult(plan.id, [7] * sum(item.wants_token for item in plan.scheduled))
 
 

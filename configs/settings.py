@@ -164,6 +164,10 @@ class ModelSettings(Section):
         Count | None,
         Field(description="Threads that compute on a CPU. Default: the cores this process may use"),
     ] = None
+    enforce_eager: Annotated[
+        bool,
+        Field(description="Capture no CUDA graphs of decode steps; on a CPU there are none anyway"),
+    ] = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -271,6 +275,13 @@ class SchedulingSettings(Section):
         Field(
             description="KV blocks of a request that gives way are computed again, moved to host "
             "memory and back (needs `host_kv_bytes`), or whichever is estimated to be cheaper"
+        ),
+    ] = "auto"
+    async_scheduling: Annotated[
+        Literal["auto", "on", "off"],
+        Field(
+            description="Plan and launch a step before the tokens of the one before it are read; "
+            "`auto`: on a GPU. On a CPU it gains nothing, since planning needs the same cores"
         ),
     ] = "auto"
     tenant_weights: Annotated[

@@ -22,6 +22,7 @@ from configs.settings import (
 from engine import planner
 from engine.grammar import GrammarCache, GrammarCompiler
 from engine.grammar_masks import GrammarMasks
+from engine.graphs import CudaCapture, batch_sizes
 from engine.jit_compiles import JitCompiles
 from engine.kv_disk import DiskFlush, open_disk
 from engine.loop import EngineLoop
@@ -135,6 +136,7 @@ def assemble(
 ) -> EngineLoop:
     """Everything that follows once there is a model."""
     config, dtype = model.config, model.embed.weight.dtype
+    graphs = device.type == "cuda" and not settings.model.enforce_eager
     backend = dispatch.backend(device)
     format = _kv_format(settings.cache.kv_cache_dtype, dtype, model.head_dim)
     report("kernels", 0, 1, "compiling or loading from the cache")
@@ -159,7 +161,7 @@ def assemble(
 
     def gpu_pool(layout: KVLayout, limits: Limits) -> int:
         share = settings.cache.gpu_memory_utilization
-        return _free_after_profile(model, layout, limits, masks, share, device)
+        return _free_after_profile(model, layout, limits, masks, share, device, graphs)
 
     layout, limits, host_blocks = _plan_memory(settings, config, format, device, gpu_pool)
     try:
@@ -171,6 +173,11 @@ def assemble(
     report("warm-up", 0, 1, "first steps")
     _warm_up(runner, limits)
     report("warm-up", 1, 1, "first steps")
+    if graphs:
+        sizes = batch_sizes(limits.max_num_seqs)
+        report("graphs", 0, 1, f"capturing decode steps of {len(sizes)} sizes")
+        runner.capture_decodes(CudaCapture(device), sizes)
+        report("graphs", 1, 1, f"decode steps of up to {sizes[-1]} sequences")
     keep = settings.observability.trace_steps
     trace = StepTrace(keep, limits.max_num_seqs) if keep else None
     prefix_cache = settings.cache.enable_prefix_caching
@@ -203,8 +210,13 @@ def assemble(
         trace,
         grammars=grammars,
         jit_compiles=JitCompiles().watch(),
+        overlap=_overlaps(settings.scheduling.async_scheduling, device),
         at_end=DiskFlush(cache, runner.host, disk) if runner.host and disk else None,
     )
+
+
+def _overlaps(wanted: str, device: torch.device) -> bool:
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
 
 
 def _preemption(mode: PreemptionMode, layout: KVLayout, host: HostPages | None) -> Preemption:
@@ -449,12 +461,18 @@ def _free_after_profile(
     masks: GrammarMasks,
     utilization: float,
     device: torch.device,
+    graphs: bool,
 ) -> int:
-    """GPU bytes left for the pool, measured by running one largest step on a pool of one block."""
+    """GPU bytes left for the pool, measured by running one largest step on a pool of one block,
+    and capturing the largest graphs."""
     torch.cuda.reset_peak_memory_stats(device)
     runner = _runner(model, layout, dispatch.backend(device), limits, masks, device)
     _largest_step(runner, limits)
     peak = torch.cuda.max_memory_allocated(device)
+    if graphs:
+        before = torch.cuda.memory_reserved(device)
+        runner.capture_decodes(CudaCapture(device), [limits.max_num_seqs])
+        peak += torch.cuda.memory_reserved(device) - before
     del runner
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -3,16 +3,17 @@
     admit     matcher of the slot: a copy of the compiled one, the answer so far still to be read
     begin     on a thread: matchers read the tokens of the step before, bitmasks are filled
     forbid    on the device: the logits of all other tokens become minus infinity
-    take      the sampled tokens are kept, to be read at the next `begin`
+    take      the sampled tokens, perhaps still on the device, are read after the next `begin`
 
-A matcher lives as long as its sequence holds the slot. After a preemption a new one reads the
-answer again, which takes microseconds per token.
+So the forward pass of a step can be launched before the tokens of the step before it are known,
+but its sampling cannot. A matcher lives as long as its sequence holds the slot. After a preemption
+a new one reads the answer again, which takes microseconds per token.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.grammar import GrammarCache, GrammarError
+from engine.readback import Readback
 from scheduler.plan import StepPlan
 
 BITS = 32
@@ -32,7 +34,7 @@ class Masks:
     """Attributes:
     rows: sampled rows that have a grammar.
     bits: int32 [rows, words]; bit t % 32 of word t // 32 is set where token t may come next.
-    broken: slots whose grammar cannot go on, and why.
+    broken: sampled rows whose grammar cannot go on, and why.
     """
 
     rows: list[int]
@@ -42,10 +44,23 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class _Constraint:
-    """What a slot is held to; `unread` are tokens that the matcher has not seen yet."""
+    """What a slot is held to.
+
+    Attributes:
+        resumed: tokens of an answer that was preempted, which the matcher has not seen yet.
+        sampled: steps, and rows in them, whose token it has not seen yet.
+    """
 
     matcher: LLMatcher
-    unread: list[int]
+    resumed: list[int]
+    sampled: list[tuple[Readback, int]] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Shows the matcher all that it has not seen, when that has arrived on the host."""
+        tokens = [int(step.wait()[0][row]) for step, row in self.sampled]
+        self.matcher.consume_tokens(self.resumed + tokens)
+        self.resumed.clear()
+        self.sampled.clear()
 
 
 class GrammarMasks:
@@ -68,8 +83,8 @@ class GrammarMasks:
             if new.sampling.grammar is not None:
                 # Compiled before the request was queued; where it was forgotten since, once more.
                 compiled = self._cache.get(new.sampling.grammar).result()
-                unread = new.tokens[new.num_prompt :]
-                self._constraints[new.slot] = _Constraint(compiled.deep_copy(), unread)
+                resumed = new.tokens[new.num_prompt :]
+                self._constraints[new.slot] = _Constraint(compiled.deep_copy(), resumed)
 
     def begin(self, plan: StepPlan) -> Future[Masks] | None:
         """Starts on the masks of a step; None where no row of it has a grammar."""
@@ -79,28 +94,27 @@ class GrammarMasks:
         slots = {row: slot for row, slot in enumerate(wanted) if slot in self._constraints}
         return self._thread.submit(self._fill, slots) if slots else None
 
-    def take(self, plan: StepPlan, tokens: list[int]) -> None:
-        """The tokens that `plan` sampled."""
+    def take(self, plan: StepPlan, sampled: Readback) -> None:
+        """The tokens that `plan` samples, as the first of the tensors that were sent."""
         if not self._constraints:
             return
         wanted = (item.slot for item in plan.scheduled if item.wants_token)
-        for slot, token in zip(wanted, tokens, strict=True):
+        for row, slot in enumerate(wanted):
             if slot in self._constraints:
-                self._constraints[slot].unread.append(token)
+                self._constraints[slot].sampled.append((sampled, row))
 
     def _fill(self, slots: dict[int, int]) -> Masks:
         chosen = {slot: self._constraints[slot] for slot in slots.values()}
         for constraint in chosen.values():
-            constraint.matcher.consume_tokens(constraint.unread)
-            constraint.unread.clear()
+            constraint.read()
         bits = np.zeros((len(slots), self._words), np.int32)
         matchers = [(constraint.matcher, row) for row, constraint in enumerate(chosen.values())]
         self._executor.unsafe_compute_mask_ptr(
             matchers, bits.ctypes.data, self._words * bits.itemsize, len(slots)
         )
         broken = {
-            slot: str(GrammarError(constraint.matcher.get_error()))
-            for slot, constraint in chosen.items()
+            row: str(GrammarError(constraint.matcher.get_error()))
+            for row, constraint in zip(slots, chosen.values(), strict=True)
             if constraint.matcher.is_error()
         }
         return Masks(list(slots), bits, broken)

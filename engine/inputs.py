@@ -15,25 +15,35 @@ from scheduler.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of a step whose next token is sampled, in the plan's order.
+
+    Attributes:
+        slots: int64 [rows]
+        at: int64 [rows]; the position that the sampled token will have
+        uniforms: float64 [rows]
+        traits: [rows], on the host
+    """
+
+    slots: Tensor
+    at: Tensor
+    uniforms: Tensor
+    traits: Traits
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step, gathered.
 
     Attributes:
         token_ids: int64 [tokens]
-        sampled_rows: int64 [wanted]; rows whose next token is sampled, in the plan's order
-        sampled_slots: int64 [wanted]
-        sampled_at: int64 [wanted]; the position that the sampled token will have
-        uniforms: float64 [wanted]
-        traits: of the sampled rows
+        wanted: int64 [rows]; which tokens are the `sampled` ones
     """
 
     token_ids: Tensor
     context: ForwardContext
-    sampled_rows: Tensor
-    sampled_slots: Tensor
-    sampled_at: Tensor
-    uniforms: Tensor
-    traits: Traits
+    wanted: Tensor
+    sampled: SampledRows
 
 
 class InputBuilder:
@@ -52,6 +62,7 @@ class InputBuilder:
         self.layer_groups = layer_groups
         self.block_size = block_size
         self.backend = backend
+        self._no_chunks = torch.zeros(1, dtype=torch.int32, device=state.device)
 
     def build(self, plan: StepPlan) -> StepInputs:
         """Gathers the inputs of `plan`, whose admissions and blocks `state` already took in."""
@@ -101,11 +112,45 @@ class InputBuilder:
                 pages=self.pages,
                 backend=self.backend,
             ),
-            sampled_rows=(ends - 1)[chosen],
-            sampled_slots=slots[chosen],
-            sampled_at=(starts + counts)[chosen],
-            uniforms=state.to_device(
-                [item.uniform for item in items if item.wants_token], torch.float64
+            wanted=(ends - 1)[chosen],
+            sampled=SampledRows(
+                slots[chosen],
+                (starts + counts)[chosen],
+                state.to_device(
+                    [item.uniform for item in items if item.wants_token], torch.float64
+                ),
+                traits,
             ),
-            traits=traits,
+        )
+
+    def decodes(self, slots: Tensor, starts: Tensor) -> tuple[Tensor, ForwardContext]:
+        """Token ids and context of one token of each slot, from device tensors alone.
+
+        Args:
+            slots: int64 [seqs]
+            starts: int64 [seqs]; the position of the token, -1 where nothing is to be attended to
+                and stored
+        """
+        state, count = self.state, len(slots)
+        positions = starts.clamp_min(0)
+        places, offsets = positions // self.block_size, positions % self.block_size
+        return state.tokens[slots, positions].long(), ForwardContext(
+            positions=positions,
+            context_lens=(starts + 1).int(),
+            query_start=self._no_chunks,
+            num_decodes=count,
+            max_query_len=1,
+            max_context_len=state.max_blocks * self.block_size,
+            groups=tuple(
+                GroupTables(
+                    block_tables=table[slots],
+                    slot_mapping=torch.where(
+                        starts >= 0, table[slots, places] * self.block_size + offsets, -1
+                    ),
+                )
+                for table in state.block_tables
+            ),
+            layer_groups=self.layer_groups,
+            pages=self.pages,
+            backend=self.backend,
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from scheduler.plan import Scores, StepPlan
@@ -14,7 +16,25 @@ from scheduler.plan import Scores, StepPlan
 PIECE_ROWS = 128
 
 
-def score(logits: Tensor, tokens: Tensor, most: int) -> Scores:
+class ScoreTensors(NamedTuple):
+    """`Scores` before they are read: logprobs and ranks [rows], the likeliest [rows, most]."""
+
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def read(self) -> Scores:
+        """Waits for the device where they lie on one."""
+        return Scores(
+            self.logprobs.tolist(),
+            self.ranks.tolist(),
+            self.top_ids.tolist(),
+            self.top_logprobs.tolist(),
+        )
+
+
+def score(logits: Tensor, tokens: Tensor, most: int) -> ScoreTensors:
     """The raw log-softmax of each row's token, its rank, and the `most` likeliest tokens.
 
     Args:
@@ -26,17 +46,12 @@ def score(logits: Tensor, tokens: Tensor, most: int) -> Scores:
     chosen = logits.gather(1, tokens[:, None])
     ranks = 1 + (logits > chosen).sum(-1)
     top = logits.topk(min(most, logits.shape[1]), -1)
-    return Scores(
-        (chosen - total).squeeze(1).tolist(),
-        ranks.tolist(),
-        top.indices.tolist(),
-        (top.values - total).tolist(),
-    )
+    return ScoreTensors((chosen - total).squeeze(1), ranks, top.indices, top.values - total)
 
 
 def score_prompt(
     hidden: Tensor, logits: Callable[[Tensor], Tensor], tokens: Tensor, most: int
-) -> Scores:
+) -> ScoreTensors:
     """`score` of rows whose logits are not there yet and may be too many to have at once.
 
     Args:
@@ -44,7 +59,8 @@ def score_prompt(
         logits: gives the logits of some of them
     """
     pieces = [slice(at, at + PIECE_ROWS) for at in range(0, hidden.shape[0], PIECE_ROWS)]
-    return Scores.join(score(logits(hidden[piece]), tokens[piece], most) for piece in pieces)
+    scored = [score(logits(hidden[piece]), tokens[piece], most) for piece in pieces]
+    return ScoreTensors(*(torch.cat(parts) for parts in zip(*scored, strict=True)))
 
 
 def prompt_rows(plan: StepPlan) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -60,11 +61,18 @@ COMPILE_WAIT = 0.005  # seconds between two looks at the inbox while grammars al
 DISK_WAIT_SECONDS = 0.02
 
 
+class Launched(Protocol):
+    """A step that is being computed."""
+
+    def result(self) -> StepResult:
+        """Waits for its end."""
+
+
 class PlanRunner(Protocol):
     """What the loop needs of a runner; tests put a fake here."""
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Computes the plan."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Computes the plan, or begins to."""
 
 
 class Inbox(Protocol):
@@ -78,10 +86,25 @@ class Inbox(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan, and what became of launching it."""
+
+    plan: StepPlan
+    launched: Launched | Exception
+
+
 class EngineLoop:
     """Scheduler and runner, stepped in turn.
 
+        plain        plan 1 | compute 1 | commit 1 | plan 2 | compute 2 | commit 2
+        overlapped   plan 1 | compute 1            | compute 2          | compute 3
+                            | plan 2               | commit 1 | plan 3  | commit 2 | plan 4
+
     Args:
+        overlap: plan and launch a step before the tokens of the one before it are read. What only
+            those tokens could tell (that an answer has ended) is noticed a step late, and the
+            surplus token thrown away.
         trace: what it keeps of the steps; the same one is the scheduler's journal.
         meter: takes the time of the steps.
         jit_compiles: what was compiled since the engine was ready.
@@ -101,10 +124,12 @@ class EngineLoop:
         meter: StepMeter | None = None,
         jit_compiles: JitCompiles | None = None,
         at_end: Callable[[], None] | None = None,
+        overlap: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
+        self.overlap = overlap
         self.progress = 0
         self._grammars = grammars or _grammars_of(info)
         self._deferred: dict[str, tuple[Request, Future[LLMatcher]]] = {}
@@ -112,6 +137,7 @@ class EngineLoop:
         self._meter = meter or StepMeter()
         self._jit_compiles = jit_compiles or JitCompiles()
         self._report: StepReport | None = None
+        self._pending: _Step | None = None  # launched, its tokens not read yet
         self._fragmentation = Fragmentation(scheduler)
         self._at_end = at_end
         self._output = StepOutput(stats=EngineStats())
@@ -121,7 +147,7 @@ class EngineLoop:
     @property
     def has_work(self) -> bool:
         """Whether a step could do something, or a grammar is being compiled."""
-        return self.scheduler.has_work or bool(self._deferred)
+        return self.scheduler.has_work or self._pending is not None or bool(self._deferred)
 
     def run(self, inbox: Inbox, send: Callable[[StepOutput | Reply], None]) -> None:
         """Serves until `Shutdown` or the end of the inbox."""
@@ -212,74 +238,123 @@ class EngineLoop:
             self._output.admitted.append(request.id)
 
     def step(self) -> None:
-        """Plans, computes and commits one step. An exception ends the requests in it, no others."""
+        """One step. An exception ends the requests in it, no others."""
         if self._deferred:
             self._submit_compiled()
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and self._pending is None:
             wait([pair[1] for pair in self._deferred.values()], COMPILE_WAIT, FIRST_COMPLETED)
             return
         self._meter.begin()
         text = "the deadline is over, or would be before an answer"
         self._tell_ended(self.scheduler.expire(), text, "deadline_exceeded")
+        if self.overlap:
+            self._overlapped_step()
+        else:
+            self._plain_step()
+
+    def _plain_step(self) -> None:
+        """Plans, computes and commits a step."""
+        plan = self._plan()
+        if plan is not None:
+            self._commit(self._launch(plan))
+
+    def _overlapped_step(self) -> None:
+        """Plans and launches a step, then commits the one before it."""
+        plan, before = self._plan(), self._pending
+        step = None if plan is None else self._launch(plan)
+        self._pending = None
+        good = before is None or self._commit(before)
+        if step is None:
+            return
+        if isinstance(step.launched, Exception):
+            self._fail(step.plan, step.launched)
+        elif not good:
+            self._end(step.plan, "the step before it failed")  # whose tokens and KV it reads
+        else:
+            self._pending = step
+
+    def _plan(self) -> StepPlan | None:
+        """The next step; None if nothing can run."""
         if self._trace:
             self._trace.begin()
         plan = self.scheduler.schedule()
         if self._trace:
             self._trace.planned(plan, self.scheduler)
-        if plan.empty:
-            self.scheduler.commit(StepResult(plan.id, []))
-            self.scheduler.cache.tiers.wait_for_disk(DISK_WAIT_SECONDS)
-            return
-        self.progress += 1
         self._meter.planned()
+        if not plan.empty:
+            self.progress += 1
+            return plan
+        self.scheduler.commit(StepResult(plan.id, []))
+        if self._pending is None:
+            self.scheduler.cache.tiers.wait_for_disk(DISK_WAIT_SECONDS)
+        return None
+
+    def _launch(self, plan: StepPlan) -> _Step:
         try:
-            result = self.runner.run(plan)
+            return _Step(plan, self.runner.launch(plan))
+        except Exception as error:
+            return _Step(plan, error)
+
+    def _commit(self, step: _Step) -> bool:
+        """Takes the results of a step in; whether there are any."""
+        plan = step.plan
+        try:
+            if isinstance(step.launched, Exception):
+                raise step.launched
+            result = step.launched.result()
         except Exception as error:
             self._fail(plan, error)
-            return
+            return False
         seconds = self._meter.computed()
         if plan.num_tokens > len(plan.scheduled):  # it read prompts
             self.scheduler.preemption.computing.observe(plan.num_tokens, seconds)
         self._failed_in_a_row = 0
         self._steps += 1
         if result.broken:
-            self._end_broken(result.broken)
+            self._end_broken(result)
         self._tell(self.scheduler.commit(result))
         if self._trace:
             self._trace.ended(plan.id)
         self._report = self._meter.ended(plan.num_tokens)
+        return True
 
-    def _end_broken(self, broken: dict[int, str]) -> None:
+    def _end_broken(self, result: StepResult) -> None:
         """Ends requests whose grammar cannot go on, before their tokens are taken in."""
-        for seq in [seq for seq in self.scheduler.running if seq.slot in broken]:
+        seqs = self.scheduler.sampled(result.plan_id)
+        for place, why in result.broken.items():
+            seq = seqs[place]
             grammar = seq.request.sampling.grammar
-            if seq.status is Status.RUNNING and grammar is not None:
-                self._refuse(seq.request.id, grammar.refusal(broken[seq.slot]))
+            if seq.status is not Status.FINISHED and grammar is not None:
+                self._refuse(seq.request.id, grammar.refusal(why))
                 self.scheduler.abort(seq.request.id)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
-        if self._trace:
-            self._trace.ended(plan.id, failed=True)
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
-        text = f"{type(error).__name__} in the engine's step"
-        ended = self.scheduler.fail(plan)
+        requests = self._end(plan, f"{type(error).__name__} in the engine's step")
         fields = {
-            "requests": self._tell_ended(ended, text, "request_failed"),
-            "request_ids": list(dict.fromkeys(item.seq.request.x_request_id for item in ended)),
+            "requests": [request.id for request in requests],
+            "request_ids": list(dict.fromkeys(request.x_request_id for request in requests)),
         }
         logger.error("step %d failed", plan.id, exc_info=error, extra={"fields": fields})
 
-    def _tell_ended(self, progress: list[Progress], text: str, code: str) -> list[str]:
-        """Says why requests were ended, once for each of them; returns their ids."""
+    def _end(self, plan: StepPlan, text: str) -> list[Request]:
+        """Ends the requests of a plan that has no results, and returns them."""
+        if self._trace:
+            self._trace.ended(plan.id, failed=True)
+        ended = self.scheduler.fail(plan)
+        self._tell_ended(ended, text, "request_failed")
+        return list({item.seq.request.id: item.seq.request for item in ended}.values())
+
+    def _tell_ended(self, progress: list[Progress], text: str, code: str) -> None:
+        """Says why requests were ended, once for each of them."""
         failures: dict[str, Failure] = {}
         for item in progress:
             request_id = item.seq.request.id
             failure = failures.setdefault(request_id, Failure(request_id, text, code, []))
             failure.receipts.append(_receipt(item.seq))
         self._output.failed.extend(failures.values())
-        return list(failures)
 
     def _tell(self, progress: list[Progress]) -> None:
         for item in progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import signal
 import sys
@@ -96,6 +97,8 @@ def _serve(
     except Exception:
         send(StartFailed(traceback.format_exc(), expected=False))
         return
+    gc.collect()
+    gc.freeze()  # what a start leaves lives as long as the process: no collection looks at it again
     StallWatch(loop, settings.lifetime.stall_timeout).start()
     send(Ready(loop.info))
     try:

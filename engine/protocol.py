@@ -415,7 +415,7 @@ class Explained(msgspec.Struct, frozen=True, tag=True):
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """Start-up progress of one phase, done of total in its own units: `engine` (its process),
-    `download`, `weights`, `kernels`, `memory`, `warm-up`."""
+    `download`, `weights`, `kernels`, `memory`, `warm-up`, `graphs`."""
 
     phase: str
     done: float

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.grammar_masks import GrammarMasks, Masks, forbid
-from engine.inputs import InputBuilder, StepInputs
+from engine.graphs import Capture, DecodeGraphs, sampling_kind
+from engine.inputs import InputBuilder, SampledRows
+from engine.launched import LaunchedStep
 from engine.logit_rules import apply_rules
 from engine.logprobs import prompt_rows, score, score_prompt
+from engine.readback import Reader
 from engine.sampler import sample
 from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
@@ -22,7 +25,7 @@ from paged_cache.disk_tier import DiskTier
 from paged_cache.host_pages import host_pages
 from paged_cache.layout import KVLayout
 from paged_cache.storage import KVStorage
-from scheduler.plan import Scores, StepPlan, StepResult
+from scheduler.plan import StepPlan, StepResult
 
 
 class Runner:
@@ -30,6 +33,7 @@ class Runner:
 
     Attributes:
         host: KV pages in host memory, where there are any; disk: the tier below them.
+        graphs: captured decode steps, where there are any.
     """
 
     def __init__(
@@ -62,10 +66,18 @@ class Runner:
         self.inputs = InputBuilder(
             self.state, _pages(self.storage, layout), layer_groups, layout.block_size, backend
         )
+        self.graphs: DecodeGraphs | None = None
+        self._reader = Reader(device)
+        self._no_tokens = torch.zeros(0, dtype=torch.int64, device=device)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Computes one plan and reads its sampled tokens back."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Hands one plan to the device. On a GPU nothing here waits for it, except that where a
+        grammar holds somebody, the tokens of the step before are awaited ahead of sampling."""
         self.state.apply(plan)
         self.grammars.admit(plan)
         filling = self.grammars.begin(plan)
@@ -74,18 +86,43 @@ class Runner:
         if plan.copies:
             self._copy(plan.copies)
         if not plan.scheduled:
-            return StepResult(plan.id, [])
+            return LaunchedStep(plan.id, self._reader.send([self._no_tokens]))
+        graphs = self.graphs if self.graphs is not None and self.graphs.serves(plan) else None
+        hidden, sampled, prompts, told = self._forward(plan, graphs)
+        if not sampled.slots.shape[0]:
+            sent = self._reader.send([self._no_tokens, *told])
+            return LaunchedStep(plan.id, sent, prompts=prompts)
+        masks = filling.result() if filling else None
+        kind = sampling_kind(sampled.traits) if masks is None else None
+        asked: dict[int, int] = {}
+        scores: Iterable[Tensor] = ()
+        if graphs is not None and kind is not None:
+            tokens = graphs.sample(sampled.slots.shape[0], kind)
+        else:
+            tokens, logits = self._sample(hidden, sampled, masks)
+            asked, scores = self._score(logits, tokens, sampled.traits)
+        sent = self._reader.send([tokens, *scores, *told])
+        self.grammars.take(plan, sent)
+        return LaunchedStep(plan.id, sent, asked, prompts, masks.broken if masks else {})
+
+    @torch.inference_mode()
+    def capture_decodes(self, capture: Capture, sizes: list[int]) -> None:
+        """From now on, steps of decodes alone are replayed, padded to one of `sizes`."""
+        self.graphs = DecodeGraphs(self.model, self.inputs, capture, sizes)
+
+    def _forward(
+        self, plan: StepPlan, graphs: DecodeGraphs | None
+    ) -> tuple[Tensor, SampledRows, list[tuple[int, int]], Iterable[Tensor]]:
+        """Hidden states [rows, hidden_size] of the rows to sample, and what `_score_prompts` has
+        to say of the others."""
+        if graphs is not None:
+            return *graphs.forward(plan), [], ()
         inputs = self.inputs.build(plan)
         hidden = self.model(inputs.token_ids, inputs.context)
-        prompt_scores = self._score_prompts(plan, hidden)
-        if not inputs.sampled_rows.shape[0]:
-            return StepResult(plan.id, [], prompt_scores=prompt_scores)
-        masks = filling.result() if filling else None
-        tokens, scores = self._sample(inputs, hidden, masks)
-        self.grammars.take(plan, tokens)
-        return StepResult(
-            plan.id, tokens, scores, prompt_scores, broken=masks.broken if masks else {}
-        )
+        told = self._score_prompts(plan, hidden)
+        if inputs.wanted.shape[0] != hidden.shape[0]:
+            hidden = hidden[inputs.wanted]
+        return hidden, inputs.sampled, *told
 
     def _copy_with_disk(self, copies: list[DiskCopy]) -> None:
         """What leaves a slot before what comes into one; `copies` are in that order."""
@@ -108,38 +145,38 @@ class Runner:
             self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
     def _sample(
-        self, inputs: StepInputs, hidden: Tensor, masks: Masks | None
-    ) -> tuple[list[int], list[Scores | None]]:
-        if inputs.sampled_rows.shape[0] != hidden.shape[0]:
-            hidden = hidden[inputs.sampled_rows]
+        self, hidden: Tensor, rows: SampledRows, masks: Masks | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [rows], and the model's own logits [rows, vocab]."""
         logits = self.model.logits(hidden)
-        state, slots, at = self.state, inputs.sampled_slots, inputs.sampled_at
-        ruled = apply_rules(logits, state, slots, at, inputs.traits)
+        state, slots = self.state, rows.slots
+        ruled = apply_rules(logits, state, slots, rows.at, rows.traits)
         if masks is not None:
-            rows = state.to_device(masks.rows, torch.int64)
-            ruled = forbid(ruled, rows, state.move(torch.from_numpy(masks.bits)))
-        tokens = sample(ruled, state, slots, inputs.traits, inputs.uniforms)
-        state.tokens[slots, at] = tokens.int()
-        return tokens.tolist(), self._score(logits, tokens, inputs.traits)
+            held = state.to_device(masks.rows, torch.int64)
+            ruled = forbid(ruled, held, state.move(torch.from_numpy(masks.bits)))
+        tokens = sample(ruled, state, slots, rows.traits, rows.uniforms)
+        state.tokens[slots, rows.at] = tokens.int()
+        return tokens, logits
 
-    def _score(self, logits: Tensor, tokens: Tensor, traits: Traits) -> list[Scores | None]:
-        """The log-probabilities of each row that asked for them; [] where none did."""
+    def _score(
+        self, logits: Tensor, tokens: Tensor, traits: Traits
+    ) -> tuple[dict[int, int], Iterable[Tensor]]:
+        """The rows that ask for log-probabilities, and of how many tokens; what they are told."""
         asked = traits["logprobs"]
         rows = np.flatnonzero(asked >= 0).tolist()
         if not rows:
-            return []
+            return {}, ()
         chosen = self.state.to_device(rows, torch.int64)
         told = score(logits[chosen], tokens[chosen], int(asked.max()))
-        scores: list[Scores | None] = [None] * len(asked)
-        for place, row in enumerate(rows):
-            scores[row] = told.cut(place, 1, int(asked[row]))
-        return scores
+        return dict(zip(rows, asked[rows].tolist(), strict=True)), told
 
-    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[Scores]:
-        """The log-probabilities of prompt tokens, for each sequence of the plan that tells some."""
+    def _score_prompts(
+        self, plan: StepPlan, hidden: Tensor
+    ) -> tuple[list[tuple[int, int]], Iterable[Tensor]]:
+        """The sequences that tell of their prompts, as in `LaunchedStep`, and what they tell."""
         items = [item for item in plan.scheduled if item.num_scored]
         if not items:
-            return []
+            return [], ()
         state = self.state
         where = state.to_device(prompt_rows(plan).ravel().tolist(), torch.int64)
         rows, slots, positions = where.view(3, -1)
@@ -147,8 +184,7 @@ class Runner:
         counts = [item.num_scored for item in items]
         most = state.traits([item.slot for item in items], counts)["prompt_logprobs"].tolist()
         told = score_prompt(hidden[rows], self.model.logits, following, max(most))
-        firsts = itertools.accumulate(counts, initial=0)
-        return [told.cut(f, n, k) for f, n, k in zip(firsts, counts, most, strict=False)]
+        return list(zip(counts, most, strict=True)), told
 
 
 def _pages(storage: KVStorage, layout: KVLayout) -> tuple[Pages, ...]:

@@ -48,6 +48,7 @@ class SlotState:
     A preempted sequence simply loses its row: coming back means filling one again.
 
     Attributes:
+        nobody: a slot more, which no sequence ever has.
         tokens: int32 [slots, max_model_len]; ids so far. The sampler writes the newest one here,
             where the next step finds it without a round trip to the host.
         block_tables: int32 [groups, slots, max_blocks]
@@ -69,6 +70,8 @@ class SlotState:
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.device = device
+        self.nobody = num_slots
+        num_slots += 1
         self.max_blocks = -(-max_model_len // block_size)
         self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
         shape = (num_groups, num_slots, self.max_blocks)
@@ -97,9 +100,12 @@ class SlotState:
 
     def move(self, host: Tensor) -> Tensor:
         """A host tensor on the device, without waiting for it."""
-        if self.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.device, non_blocking=True)
+        return self.pin(host).to(self.device, non_blocking=True)
+
+    def pin(self, host: Tensor) -> Tensor:
+        """A host tensor where the device copies it from without anybody waiting. Its memory is
+        used again only after that."""
+        return host if self.device.type == "cpu" else host.pin_memory()
 
     def apply(self, plan: StepPlan) -> None:
         """Fills the rows of newly admitted sequences and the table entries that changed."""

@@ -125,7 +125,7 @@ class StepResult:
         tokens: one id for each scheduled sequence with `wants_token`, in the plan's order.
         scores: of those tokens, None where nobody asked; empty where nobody at all did.
         prompt_scores: one for each scheduled sequence with `num_scored`, in the plan's order.
-        broken: slots whose grammar cannot go on, and why; their tokens mean nothing.
+        broken: places in `tokens` whose grammar cannot go on, and why; they mean nothing.
     """
 
     plan_id: int
@@ -133,3 +133,7 @@ class StepResult:
     scores: list[Scores | None] = field(default_factory=list)
     prompt_scores: list[Scores] = field(default_factory=list)
     broken: dict[int, str] = field(default_factory=dict)
+
+    def result(self) -> StepResult:
+        """Itself: a step whose results are there is one that need not be waited for."""
+        return self

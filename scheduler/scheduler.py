@@ -349,7 +349,7 @@ class Scheduler:
     def _close(self, step: _Step) -> None:
         """Writes the chosen sequences into the plan, single tokens first, and counts their tokens
         as computed."""
-        plan, awaited = step.plan, _Awaited([], [])
+        plan, awaited = step.plan, _Awaited(list(step.chosen), [], [])
         copies, disk_copies = self.cache.take_copies()
         plan.copies.extend(copies)
         plan.disk_copies.extend(disk_copies)
@@ -379,6 +379,10 @@ class Scheduler:
                 plan.new_blocks.append(SlotBlocks(seq.slot, new.group, new.first, new.blocks))
         self._planned[plan.id] = awaited
 
+    def sampled(self, plan_id: int) -> list[Sequence]:
+        """Who gets a token of a plan that is not committed yet, in the plan's order."""
+        return self._planned[plan_id].tokens
+
     def commit(self, result: StepResult) -> list[Progress]:
         """Takes the tokens of a plan in. Sequences that ended since it was made are passed over."""
         awaited = self._planned.pop(result.plan_id)
@@ -404,15 +408,18 @@ class Scheduler:
             seq.account.first_token = self._clock()
         reason, stop = finish_reason(seq, self.eos_token_ids)
         if reason is not None:
+            if seq.status is Status.RUNNING:
+                # Its last block may have been planned full before the tokens in it were known.
+                self.cache.publish(seq.blocks, seq.tokens, len(seq.tokens) - 1)
             self._finish(seq, reason)
         return Progress(seq, [token], reason, stop, scores)
 
     def fail(self, plan: StepPlan) -> list[Progress]:
         """Ends every request that `plan` touches, after its step raised."""
-        slots = {item.slot for item in plan.scheduled}
-        self._planned.pop(plan.id, None)
+        awaited = self._planned.pop(plan.id)
         self.cache.forget_all()  # what the step should have written may not be there
-        failed = list(dict.fromkeys(s.request.id for s in self.running if s.slot in slots))
+        live = [seq for seq in awaited.computed if seq.status is not Status.FINISHED]
+        failed = dict.fromkeys(seq.request.id for seq in live)
         return [item for request_id in failed for item in self.abort(request_id, "error")]
 
     # ------------------------------------------------------------------ state changes
@@ -487,8 +494,9 @@ class PrefixCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
-    """Who gets a token, and who log-probabilities of its prompt, from a plan."""
+    """Who is computed in a plan, who gets a token and who log-probabilities of its prompt."""
 
+    computed: list[Sequence]
     tokens: list[Sequence]
     scores: list[Sequence]
 

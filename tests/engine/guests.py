@@ -10,6 +10,8 @@ from typing import Any
 
 from engine.loop import EngineLoop
 from engine.protocol import Abort, Submit
+from paged_cache.manager import Grown, KVCacheManager
+from paged_cache.table import SequenceBlocks
 from scheduler.request import Request, SamplingParams
 from tests.engine.drive import engine
 from tests.models import checkpoints
@@ -97,12 +99,15 @@ def serve(loop: EngineLoop, guests: Iterable[Guest], preempt_every: int = 0) -> 
     guests, scheduler, step = list(guests), loop.scheduler, 0
     for guest in guests:
         tokens |= {(guest.request.id, index): [] for index in range(guest.request.n)}
-    while scheduler.has_work or len(reasons) < len(tokens):
+    while loop.has_work or len(reasons) < len(tokens):
         loop.take(Submit([guest.request for guest in guests if guest.comes == step]))
         loop.take(Abort([guest.request.id for guest in guests if guest.leaves == step]))
         if preempt_every and step % preempt_every == 1 and len(scheduler.running) > 1:
-            scheduler._preempt(scheduler._victim())
-        if scheduler.has_work:
+            if loop.overlap:
+                starve(scheduler.cache)
+            else:
+                scheduler._preempt(scheduler._victim())
+        if loop.has_work:
             loop.step()
         output, step = loop.collect(), step + 1
         assert not output.refused and not output.failed, output
@@ -115,6 +120,18 @@ def serve(loop: EngineLoop, guests: Iterable[Guest], preempt_every: int = 0) -> 
         assert step < 5000, "the crowd does not come to an end"
     assert scheduler.cache.pool.num_used == 0
     return {key: (tokens[key], reasons[key]) for key in tokens}
+
+
+def starve(cache: KVCacheManager) -> None:
+    """Nobody can be preempted between two overlapped steps, with a token in flight; but somebody
+    is within the next one, where for once no block is found."""
+    grow = cache.grow
+
+    def no_block(seq: SequenceBlocks, start: int, end: int) -> Grown | None:
+        cache.grow = grow  # type: ignore[method-assign]
+        return None
+
+    cache.grow = no_block  # type: ignore[method-assign]
 
 
 def assert_as_alone(told: Told, guests: Iterable[Guest], alone: Alone) -> None:

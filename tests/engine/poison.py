@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.inputs import StepInputs
+from engine.graphs import DecodeGraphs
+from engine.launched import LaunchedStep
 from engine.loop import EngineLoop
 from engine.runner import Runner
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import StepPlan
 
 
 def poison(loop: EngineLoop) -> EngineLoop:
@@ -23,7 +25,7 @@ def poison(loop: EngineLoop) -> EngineLoop:
     assert isinstance(runner, Runner)
     pages, dead = runner.storage.blocks, set(range(pool.num_blocks))
     take, drop = pool.take, pool.drop
-    run, build, logits = runner.run, runner.inputs.build, runner.model.logits
+    launch, forward, logits = runner.launch, runner._forward, runner.model.logits
     nothing = 255 if pages.dtype == torch.uint8 else float("nan")
     if runner.host is not None:
         runner.host.pages.fill_(nothing)
@@ -38,24 +40,24 @@ def poison(loop: EngineLoop) -> EngineLoop:
         drop(dropped)
         dead.update(b for b in dropped if not pool.refs(b) and pool.key(b) is None)
 
-    def running(plan: StepPlan) -> StepResult:
-        result = run(plan)
+    def launching(plan: StepPlan) -> LaunchedStep:
+        launched = launch(plan)
         dead.difference_update(copied(plan))  # it may have had copies and no forward pass
-        return result
+        return launched
 
-    def building(plan: StepPlan) -> StepInputs:
-        """Runs between the copies of a step, which may read dead blocks, and its forward pass."""
+    def computing(plan: StepPlan, graphs: DecodeGraphs | None) -> Any:
+        """After the copies of a step, which may read dead blocks, before its forward pass."""
         pages[:, :, sorted(dead - copied(plan))] = nothing
         dead.clear()
-        return build(plan)
+        return forward(plan, graphs)
 
     def finite(hidden: Tensor) -> Tensor:
         found: Tensor = logits(hidden)
         assert found.isfinite().all(), "a logit is NaN: the step read what nobody stored"
         return found
 
-    pool.take, pool.drop, runner.run = taking, dropping, running  # type: ignore[method-assign]
-    runner.inputs.build, runner.model.logits = building, finite  # type: ignore[method-assign]
+    pool.take, pool.drop, runner.launch = taking, dropping, launching  # type: ignore[method-assign]
+    runner._forward, runner.model.logits = computing, finite  # type: ignore[method-assign]
     return loop
 
 

@@ -120,8 +120,8 @@ def test_prompt_logprobs_pass_the_cache_over_and_are_told_once(path: Path, oracl
 def test_long_prompts_are_scored_in_pieces(monkeypatch: pytest.MonkeyPatch):
     hidden, tokens = torch.randn(10, 8), torch.arange(10)
     head = torch.randn(8, 30)
-    whole = logprobs.score_prompt(hidden, lambda rows: rows @ head, tokens, 2)
+    whole = logprobs.score_prompt(hidden, lambda rows: rows @ head, tokens, 2).read()
     monkeypatch.setattr(logprobs, "PIECE_ROWS", 3)
-    pieces = logprobs.score_prompt(hidden, lambda rows: rows @ head, tokens, 2)
+    pieces = logprobs.score_prompt(hidden, lambda rows: rows @ head, tokens, 2).read()
     assert pieces.top_ids == whole.top_ids
     assert pieces.logprobs == pytest.approx(whole.logprobs, abs=1e-5)

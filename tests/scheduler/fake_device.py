@@ -133,6 +133,9 @@ class FakeDevice:
         self.copied: Counter[CopyKind] = Counter()
         self.steps = self.computed = 0
 
+    def launch(self, plan: StepPlan) -> StepResult:
+        return self.run(plan)
+
     def run(self, plan: StepPlan) -> StepResult:
         self.steps += 1
         self._apply(plan)

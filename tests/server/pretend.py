@@ -32,7 +32,7 @@ STEP_SECONDS = 0.005
 class Runner:
     """Says "a" for ever, or does what a prompt tells it to."""
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult:
         told = {token for admitted in plan.admitted for token in admitted.tokens}
         if RAISES in told:
             raise ValueError("a kernel failed")
