@@ -19,7 +19,7 @@ BATCHES = (1, 8, 32, 128, 256)  # that are tuned for
 CONTEXTS = (128, 1024, 4096, 8192, 32768)
 MIN_TILES = 4  # of a split: with fewer, the reduce pass costs more than it gains
 MAX_SEQS = 512  # of which any is split: the device adds up so many lengths at once
-MAX_IDLE = 16  # programs launched per program wanted: idle ones cost about a nanosecond each
+MAX_IDLE = 16  # programs launched per program wanted: ending at once costs little, not nothing
 
 
 @dataclass(frozen=True)
