@@ -89,6 +89,7 @@ FEATURES = {
     "aborts": Feature(lambda loop, told: "abort" in reasons(told), aborts=True),
     # That salted requests share nothing is what the tests of the manager show.
     "cache_salt": Feature(lambda loop, told: True, menu={"salts": ("", "a", "b")}),
+    "overlap": Feature(lambda loop, told: loop.overlap, {"async_scheduling": "on"}),
     "reserve": Feature(lambda loop, told: loop.scheduler.reserve, {"admission": "reserve"}),
     "host tier": Feature(
         lambda loop, told: loop.scheduler.cache.tiers.host_hits > 0,
