@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import cpu_formats, cpu_pages, cpu_simd, cpu_vectors
+from kernels import (
+    cpu_formats,
+    cpu_pages,
+    cpu_pair_attention,
+    cpu_pairs,
+    cpu_queries,
+    cpu_simd,
+    cpu_vectors,
+)
 from kernels.cpu_kernels import build
 from kernels.cpu_pages import JOB, TOKENS_PER_STORE
 from kernels.cpu_team import WORKER, fingerprint, run
@@ -104,6 +112,7 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
         first_row=marks.data_ptr() + 4 * (seqs + 1),
         scale=scale,
         softcap=softcap,
+        pairs=not softcap and pairs_fit(pages, query.dtype),
     )
     plan, attend, combine, _ = _workers()
     plan(job.ctypes.data)
@@ -113,6 +122,7 @@ def _attend(query, pages, tables, lens, starts, scale, window, softcap, out):
         partial = torch.empty(rows, width, dtype=torch.float32)
         job["partial"] = partial.data_ptr()
     shares = -(-int(job["work"]) // WORK_PER_THREAD)
+    job["threads"] = min(torch.get_num_threads(), shares)
     run(attend, job, min(int(job["tasks"]), shares))
     if rows:
         job["next"] = 0
@@ -134,6 +144,14 @@ def _job(pages: Pages, **fields) -> np.ndarray:
     for name, value in fields.items():
         job[name] = value
     return job
+
+
+def pairs_fit(pages: Pages, query: torch.dtype) -> bool:
+    """Whether pages and queries can be multiplied as pairs of bfloat16 (`cpu_pair_attention`)."""
+    if isinstance(pages, QuantizedPages) or not query == pages.dtype == torch.bfloat16:
+        return False
+    _, _, _, block_size, head_dim = pages.shape
+    return cpu_pairs.has_bfloat16() and head_dim % 32 == 0 and block_size % cpu_vectors.LANES == 0
 
 
 def partial_width(head_dim: int) -> int:
@@ -187,5 +205,6 @@ def plan_worker():
 @cache
 def _workers():
     """The compiled C functions: plan, attend, combine, store."""
-    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
+    numbers = cpu_vectors, cpu_formats, cpu_simd, cpu_pairs
+    primitives = fingerprint(*numbers, cpu_pages, cpu_queries, cpu_pair_attention)
     return tuple(WORKER(function.address) for function in build(primitives))

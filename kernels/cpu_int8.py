@@ -21,10 +21,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from kernels import cpu_formats, cpu_linear, cpu_pages, cpu_simd, cpu_vectors
-from kernels.cpu_formats import BFLOAT16, load, store, store_row
-from kernels.cpu_linear import PAIR_BYTES, PANEL, TILE_ROWS, add_bias, add_products
+from kernels import cpu_formats, cpu_linear, cpu_pages, cpu_pairs, cpu_simd, cpu_vectors
+from kernels.cpu_formats import BFLOAT16, store, store_row
+from kernels.cpu_linear import PAIR_BYTES, PANEL, add_bias
 from kernels.cpu_pages import address, helper, scratch
+from kernels.cpu_pairs import MOST_HEIGHT, add_products, has_bfloat16, multiply_pairs
 from kernels.cpu_simd import float_pointer, take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import (
@@ -71,7 +72,7 @@ def serves(codes: Tensor) -> bool:
 @cache
 def _has_instructions() -> bool:
     features = binding.get_host_cpu_features()
-    return all(features.get(name) for name in ("avx512bf16", "avx512vbmi", "avx512bw"))
+    return has_bfloat16() and all(features.get(name) for name in ("avx512vbmi", "avx512bw"))
 
 
 class Int8Linear:
@@ -135,7 +136,7 @@ def _panels(codes: Tensor) -> Tensor:
 @cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_linear)
+    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pairs, cpu_pages, cpu_linear)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def multiply(pointer):
@@ -185,10 +186,10 @@ def multiply_int8_panel(rows, x, x_stride, panel, pairs, sums):
     """sums[r, i] = x[r] . panel[:, i] for r < rows and i < 64, without the scales; else as
     `cpu_linear.multiply_panel`."""
     if rows <= DIRECT_ROWS:
-        _multiply_codes(rows, x, x_stride, panel, pairs, address(sums, 0), 0)
+        _multiply_codes(rows, x, x_stride, panel, pairs, address(sums, 0))
         return
     wide = scratch(WIDE_PAIRS * PANEL)
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    tiles = (rows + MOST_HEIGHT - 1) // MOST_HEIGHT
     height = (rows + tiles - 1) // tiles
     for first in range(0, pairs, WIDE_PAIRS):
         count = min(WIDE_PAIRS, pairs - first)
@@ -196,7 +197,11 @@ def multiply_int8_panel(rows, x, x_stride, panel, pairs, sums):
         for r in range(0, rows, height):
             here = x + 2 * (r * x_stride + 2 * first)
             target, tall = address(sums, r * PANEL), min(height, rows - r)
-            _multiply_wide(tall, here, x_stride, address(wide, 0), count, target, first)
+            source, keep = address(wide, 0), int(first > 0)
+            row = 2 * x_stride
+            multiply_pairs(
+                tall, _VECTORS, here, row, 4, source, PAIR_BYTES, count, target, PANEL * 4, keep
+            )
 
 
 @intrinsic
@@ -216,37 +221,25 @@ def _convert(typingctx, codes, pairs, target):
 
 
 @intrinsic
-def _multiply_codes(typingctx, rows, x, x_stride, panel, pairs, sums, keep):
-    """sums (+)= x @ panel for at most DIRECT_ROWS rows; added to unless `keep` is 0."""
-    return _multiply_tile(DIRECT_ROWS, _load_codes)
+def _multiply_codes(typingctx, rows, x, x_stride, panel, pairs, sums):
+    """sums = x @ panel for at most DIRECT_ROWS rows."""
 
-
-@intrinsic
-def _multiply_wide(typingctx, rows, x, x_stride, panel, pairs, sums, keep):
-    """The same with a converted panel, for at most TILE_ROWS rows."""
-    return _multiply_tile(TILE_ROWS, _load_wide)
-
-
-def _multiply_tile(most_rows, load_pair):
     def codegen(context, builder, signature, args):
         rows, rest = args[0], args[1:]
-        for (height,) in cases(builder, (rows, tuple(range(1, most_rows + 1)))):
-            _multiply_rows(builder, load_pair, height, *rest)
+        for (height,) in cases(builder, (rows, tuple(range(1, DIRECT_ROWS + 1)))):
+            _multiply_rows(builder, height, *rest)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(i, i, i, i, i, i, i), codegen
+    return types.none(i, i, i, i, i, i), codegen
 
 
-def _multiply_rows(builder, load_pair, height, x, x_stride, panel, pairs, sums, keep):
+def _multiply_rows(builder, height, x, x_stride, panel, pairs, sums):
     # In the order of the inputs: a row's sums do not depend on how many rows there are.
     cells = variables(builder, [const(0.0)] * (height * _VECTORS))
-    with builder.if_then(builder.icmp_signed("!=", keep, I64(0))):
-        for index, cell in enumerate(cells):
-            builder.store(load(builder, sums, I64(index * LANES)), cell)
     row_starts = [builder.mul(x_stride, I64(2 * r)) for r in range(height)]
     with cgutils.for_range(builder, pairs) as loop:
-        weights = load_pair(builder, panel, loop.index)
+        weights = _load_codes(builder, panel, loop.index)
         for r, start in enumerate(row_starts):
             at = builder.add(builder.add(x, start), builder.mul(loop.index, I64(4)))
             both = builder.load(builder.inttoptr(at, I32.as_pointer()), align=2)
@@ -259,17 +252,9 @@ def _multiply_rows(builder, load_pair, height, x, x_stride, panel, pairs, sums, 
         store(builder, builder.load(cell), sums, I64(index * LANES))
 
 
-def _load_wide(builder, panel, pair):
-    """A pair of inputs of 64 outputs: 4 vectors of 16 pairs of bfloat16, as int32."""
-    place = builder.add(panel, builder.mul(pair, I64(PAIR_BYTES)))
-    return [
-        builder.load(pointer(builder, place, I64(j * LANES), I32), align=64)
-        for j in range(_VECTORS)
-    ]
-
-
 def _load_codes(builder, panel, pair):
-    """The same from codes, and asks for later ones."""
+    """A pair of inputs of 64 outputs: 4 vectors of 16 pairs of bfloat16, as int32. Asks for later
+    ones."""
     place, vectors = builder.add(panel, builder.mul(pair, I64(_PAIR_BYTES))), []
     for start in range(0, _PAIR_BYTES, _BYTES):
         line = builder.add(place, I64(start))

@@ -15,6 +15,9 @@ Attention takes one of two paths per sequence:
                 FlashAttention-2 with register-blocked products. Scores are kept transposed,
                 [token, row], so that softmax works on whole vectors.
 
+Where queries and pages are bfloat16 and the CPU multiplies pairs of them, both paths have a twin in
+`cpu_pair_attention`, which converts nothing.
+
 Chunks start at fixed positions, so a result depends neither on the number of threads nor on the
 rest of the batch.
 """
@@ -39,6 +42,18 @@ from kernels.cpu_pages import (
     store_tokens,
     tile_of,
 )
+from kernels.cpu_pair_attention import few_rows_of_pairs, many_rows_of_pairs
+from kernels.cpu_queries import (
+    CHUNK,
+    FEW_ROWS,
+    TILE_ROWS,
+    TILE_TOKENS,
+    chunk_of,
+    first_chunk,
+    first_seen,
+    mask,
+    store_rows,
+)
 from kernels.cpu_simd import (
     copy_bytes,
     dot_tile,
@@ -53,11 +68,6 @@ from kernels.cpu_simd import (
     write_int32,
 )
 from kernels.cpu_vectors import LANES, LOG2E, LOWEST
-
-CHUNK = 512
-FEW_ROWS = 16
-TILE_ROWS = 64
-TILE_TOKENS = 64
 
 _WORKER = types.void(types.CPointer(RECORD))
 
@@ -115,26 +125,6 @@ def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, grid, rows, columns, depth, 
 
 
 @helper
-def _chunk_of(job, seq):
-    """(first query row, queries, context length) of one sequence."""
-    context = read_int32(job.lens, seq)
-    if job.starts == 0:
-        return seq, min(context, 1), context
-    start = read_int32(job.starts, seq)
-    return start, read_int32(job.starts, seq + 1) - start, context
-
-
-@helper
-def _first_seen(job, position):
-    return max(0, position - job.window + 1) if job.window > 0 else 0
-
-
-@helper
-def _first_chunk(job, queries, context):
-    return _first_seen(job, context - queries) // CHUNK
-
-
-@helper
 def _plan(job):
     """Counts tasks, rows of partial results and work, and zeros the output of padded decode rows.
 
@@ -146,15 +136,15 @@ def _plan(job):
     for seq in range(job.seqs):
         write_int32(job.first_task, seq, tasks)
         write_int32(job.first_row, seq, rows)
-        _, queries, context = _chunk_of(job, seq)
+        _, queries, context = chunk_of(job, seq)
         if queries == 0:
             if job.starts == 0:
                 _store_zeros(job, seq)
             continue
-        seen = context - _first_seen(job, context - queries)
+        seen = context - first_seen(job, context - queries)
         work += seen * job.kv_heads * job.head_dim * (2 + queries * group // 2)
         if queries * group <= FEW_ROWS:
-            chunks = (context - 1) // CHUNK + 1 - _first_chunk(job, queries, context)
+            chunks = (context - 1) // CHUNK + 1 - first_chunk(job, queries, context)
             tasks += chunks * job.kv_heads
             rows += chunks * job.heads * queries if chunks > 1 else 0
         else:
@@ -194,11 +184,11 @@ def _few_rows(job, seq, head, chunk, queries, scores, acc, tile, grid):
     Leaves in acc [rows, width + LANES] the weighted sum of values, the maximum score and the sum
     of weights. Row r is query r // group, head r % group of the group; the others are scratch.
     """
-    start, count, context = _chunk_of(job, seq)
+    start, count, context = chunk_of(job, seq)
     group, dim = job.heads // job.kv_heads, job.head_dim
     rows, width = count * group, (dim + LANES - 1) // LANES * LANES
     table = job.tables + seq * job.max_blocks * 4
-    first = max(chunk * CHUNK, _first_seen(job, context - count))
+    first = max(chunk * CHUNK, first_seen(job, context - count))
     origin, end = first // LANES * LANES, min((chunk + 1) * CHUNK, context)
 
     _load_queries(job, start, head, rows, queries, width)
@@ -210,7 +200,7 @@ def _few_rows(job, seq, head, chunk, queries, scores, acc, tile, grid):
         if job.softcap > 0:
             softcap_row(address(line, 0), span, np.float32(job.softcap), np.float32(LOG2E))
         position = context - count + r // group
-        line[: max(0, min(end, _first_seen(job, position)) - origin)] = -np.inf
+        line[: max(0, min(end, first_seen(job, position)) - origin)] = -np.inf
         line[max(0, min(end, position + 1) - origin) :] = -np.inf
         top = row_max(address(line, 0), span)
         acc[r * (width + LANES) + width] = top
@@ -284,21 +274,9 @@ def _load_queries(job, start, head, rows, queries, width):
 
 
 @helper
-def _store_rows(job, start, head, rows, acc, stride, totals, step):
-    """Writes acc[r] / total[r] to the output."""
-    group, dim = job.heads // job.kv_heads, job.head_dim
-    size = num_bytes(job.query_format, 1)
-    for r in range(rows):
-        index = (start + r // group) * job.out_stride + (head * group + r % group) * dim
-        factor = np.float32(1) / totals[r * step]
-        target = job.out + index * size
-        store_row(job.query_format, address(acc, r * stride), target, dim, factor)
-
-
-@helper
 def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, scores, acc, grid):
     """One tile of queries of one K/V head against everything it sees."""
-    start, count, context = _chunk_of(job, seq)
+    start, count, context = chunk_of(job, seq)
     group, dim = job.heads // job.kv_heads, job.head_dim
     width = (dim + LANES - 1) // LANES * LANES
     tile = max(1, TILE_ROWS // group)
@@ -312,14 +290,14 @@ def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, 
     _transpose_queries(job, start + begin, head, rows, padded, queries, keys, width)
     end = position + rows // group
     values = job.pages + job.values
-    for token in range(_first_seen(job, position), end, TILE_TOKENS):
+    for token in range(first_seen(job, position), end, TILE_TOKENS):
         n = min(TILE_TOKENS, end - token)
         gather(job, job.pages, table, head, token, n, keys, width, grid)
         k, q, s = address(keys, 0), address(queries, 0), address(scores, 0)
         _multiply(s, padded, k, width, 1, FLOAT32, q, padded, s, n, padded, width, 0)
         if job.softcap > 0:
             softcap_row(s, n * padded // LANES, np.float32(job.softcap), np.float32(LOG2E))
-        _mask(job, scores, padded, token, n, position, group)
+        mask(job, scores, padded, token, n, position, group)
         softmax_columns(
             s,
             padded,
@@ -335,7 +313,7 @@ def _many_rows(job, seq, head, tile_index, tops, totals, decays, queries, keys, 
                 load_row(FLOAT32, a, a, width, decays[r])
         gather(job, values, table, head, token, n, keys, width, grid)
         _multiply(address(acc, 0), width, s, 1, padded, FLOAT32, k, width, s, rows, width, n, 1)
-    _store_rows(job, start + begin, head, rows, acc, width, totals, 1)
+    store_rows(job, start + begin, head, rows, acc, width, totals, 1)
 
 
 @helper
@@ -348,17 +326,6 @@ def _transpose_queries(job, start, head, rows, padded, transposed, line, width):
         for g in range(group):
             for d in range(width):
                 transposed[d * padded + first + g] = line[g * width + d]
-
-
-@helper
-def _mask(job, scores, padded, token, count, position, group):
-    """Hides from every query what it does not see: whole prefixes and suffixes of columns."""
-    for t in range(count):
-        ahead = min(max(0, (token + t - position) * group), padded)
-        scores[t * padded : t * padded + ahead] = -np.inf
-        if job.window > 0:
-            left = min(max(0, (token + t + job.window - position) * group), padded)
-            scores[t * padded + left : (t + 1) * padded] = -np.inf
 
 
 @helper
@@ -380,16 +347,23 @@ def attend_tasks(job):
         seq = _owner(job, task)
         task -= read_int32(job.first_task, seq)
         part, head = task // job.kv_heads, task % job.kv_heads
-        start, count, context = _chunk_of(job, seq)
+        start, count, context = chunk_of(job, seq)
         rows, stride = count * group, width + LANES
         if rows > FEW_ROWS:
-            _many_rows(job, seq, head, part, tops, totals, decays, queries, keys, scores, acc, grid)
+            online = tops, totals, decays
+            if job.pairs:
+                many_rows_of_pairs(job, seq, head, part, online, queries, keys, scores, acc)
+            else:
+                _many_rows(job, seq, head, part, *online, queries, keys, scores, acc, grid)
             continue
-        chunk = part + _first_chunk(job, count, context)
-        _few_rows(job, seq, head, chunk, queries, scores, acc, keys, grid)
+        chunk = part + first_chunk(job, count, context)
+        if job.pairs:
+            few_rows_of_pairs(job, seq, head, chunk, queries, scores, acc, keys)
+        else:
+            _few_rows(job, seq, head, chunk, queries, scores, acc, keys, grid)
         row = read_int32(job.first_row, seq)
         if read_int32(job.first_row, seq + 1) == row:
-            _store_rows(job, start, head, rows, acc, stride, acc[width + 1 :], stride)
+            store_rows(job, start, head, rows, acc, stride, acc[width + 1 :], stride)
         else:
             target = job.partial + (row + task * rows) * stride * 4
             copy_bytes(target, address(acc, 0), rows * stride * 4)
@@ -410,7 +384,7 @@ def combine_tasks(job):
             return taken
         taken += 1
         seq, head = task // job.kv_heads, task % job.kv_heads
-        start, count, _ = _chunk_of(job, seq)
+        start, count, _ = chunk_of(job, seq)
         rows = count * group
         first, last = read_int32(job.first_row, seq), read_int32(job.first_row, seq + 1)
         if first == last:
@@ -430,7 +404,7 @@ def combine_tasks(job):
                 for d in range(width):
                     line[d] += weight * own[i, d]
             totals[r] = total
-        _store_rows(job, start, head, rows, acc, stride, totals, 1)
+        store_rows(job, start, head, rows, acc, stride, totals, 1)
 
 
 def build(primitives):

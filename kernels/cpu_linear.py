@@ -15,35 +15,25 @@ from functools import cache
 
 import numpy as np
 import torch
-from llvmlite import binding
 from numba import carray, cfunc, from_dtype, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from kernels import cpu_formats, cpu_pages, cpu_simd, cpu_vectors
+from kernels import cpu_formats, cpu_pages, cpu_pairs, cpu_simd, cpu_vectors
 from kernels.cpu_formats import BFLOAT16, load_row, store, store_row
 from kernels.cpu_pages import address, helper, scratch
+from kernels.cpu_pairs import MOST_HEIGHT, has_bfloat16, multiply_tile
 from kernels.cpu_simd import take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import (
-    F32,
-    I32,
     I64,
     LANES,
-    call,
     cases,
     const,
-    pointer,
-    prefetch_line,
-    splat,
     variables,
-    vec,
 )
 
 MOST_ROWS = 64
-TILE_ROWS = 6
-"""Rows whose sums fit into registers: 24 of 32, beside 4 of the matrix."""
 PANEL = 64
 """Outputs that lie together."""
 
@@ -91,7 +81,9 @@ class PackedLinear:
         outputs, inputs = weight.shape
         if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 32:
             return False
-        if not _has_bfloat16() or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        if not has_bfloat16() or not hasattr(torch.ops.mkldnn, "data_ptr"):
+            return False
+        if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
             return False
         first = torch.ops.mkldnn.data_ptr(packed)
         panel = PANEL * inputs
@@ -118,15 +110,9 @@ class PackedLinear:
 
 
 @cache
-def _has_bfloat16() -> bool:
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16")) and hasattr(torch.ops.mkldnn, "data_ptr")
-
-
-@cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pages)
+    primitives = fingerprint(cpu_vectors, cpu_formats, cpu_simd, cpu_pairs, cpu_pages)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def multiply(pointer):
@@ -171,7 +157,7 @@ def multiply_panel(rows, x, x_stride, panel, pairs, sums):
     x is bfloat16 [rows, 2 * pairs] of row stride x_stride, in elements; sums are float32
     [rows, 64]. The panel comes from memory for the first tile of rows, then from a cache.
     """
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    tiles = (rows + MOST_HEIGHT - 1) // MOST_HEIGHT
     height = (rows + tiles - 1) // tiles
     for r in range(0, rows, height):
         count = min(height, rows - r)
@@ -185,7 +171,7 @@ def _multiply_tile(typingctx, rows, x, x_stride, panel, pairs, sums):
 
     def codegen(context, builder, signature, args):
         rows, rest = args[0], args[1:]
-        for (height,) in cases(builder, (rows, tuple(range(1, TILE_ROWS + 1)))):
+        for (height,) in cases(builder, (rows, tuple(range(1, MOST_HEIGHT + 1)))):
             _multiply_rows(builder, height, *rest)
         return context.get_dummy_value()
 
@@ -194,30 +180,9 @@ def _multiply_tile(typingctx, rows, x, x_stride, panel, pairs, sums):
 
 
 def _multiply_rows(builder, height, x, x_stride, panel, pairs, sums):
-    # The order of additions is that of the inputs for every height: a row's sums do not depend on
-    # the rows beside it.
     cells = variables(builder, [const(0.0)] * (height * _VECTORS))
-    row_starts = [builder.mul(x_stride, I64(2 * r)) for r in range(height)]
-    with cgutils.for_range(builder, pairs) as loop:
-        place = builder.add(panel, builder.mul(loop.index, I64(PAIR_BYTES)))
-        weights = [
-            builder.load(pointer(builder, place, I64(j * LANES), I32), align=64)
-            for j in range(_VECTORS)
-        ]
-        for j in range(_VECTORS):
-            prefetch_line(builder, builder.add(place, I64(_AHEAD_BYTES + 64 * j)))
-        for r, start in enumerate(row_starts):
-            at = builder.add(builder.add(x, start), builder.mul(loop.index, I64(4)))
-            both = builder.load(builder.inttoptr(at, I32.as_pointer()), align=2)
-            factor = splat(builder, both)
-            for j, weight in enumerate(weights):
-                cell = cells[r * _VECTORS + j]
-                builder.store(add_products(builder, builder.load(cell), factor, weight), cell)
+    row, pair = builder.mul(x_stride, I64(2)), I64(4)
+    b, b_pair = panel, I64(PAIR_BYTES)
+    multiply_tile(builder, height, _VECTORS, x, row, pair, b, b_pair, pairs, cells, _AHEAD_BYTES)
     for index, cell in enumerate(cells):
         store(builder, builder.load(cell), sums, I64(index * LANES))
-
-
-def add_products(builder, total, left, right):
-    """total[i] + left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1], of bfloat16 pairs."""
-    name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    return call(builder, name, vec(F32), total, left, right)

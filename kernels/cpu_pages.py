@@ -28,7 +28,16 @@ from kernels.cpu_vectors import LANES
 
 _INTEGERS = (
     *("address", "tasks", "rows", "work", "seqs", "heads", "kv_heads", "head_dim", "block_size"),
-    *("max_blocks", "window", "query", "query_format", "query_stride", "out", "out_stride"),
+    *(
+        *("pairs", "threads"),
+        "max_blocks",
+        "window",
+        "query",
+        "query_format",
+        "query_stride",
+        "out",
+        "out_stride",
+    ),
     # Pages: the distance from keys to values, of tiles, of tokens in a tile, and where scales
     # and zero points start in a tile, all in bytes; groups per token, 0 in plain pages.
     *("pages", "page_format", "values", "tile_bytes", "row_bytes"),
@@ -36,6 +45,8 @@ _INTEGERS = (
     *("tables", "lens", "starts", "first_task", "first_row", "partial"),
     *("key", "key_stride", "value", "value_stride", "source_format", "slots", "tokens"),
 )
+# pairs: whether bfloat16 queries and pages are multiplied as pairs (`cpu_pairs`)
+# threads: how many will probably work on it
 JOB = np.dtype(
     [("next", np.int64), ("pad", np.int64, 7)]  # the counter has a cache line of its own
     + [(name, np.int64) for name in _INTEGERS]

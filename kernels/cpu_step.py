@@ -32,7 +32,10 @@ from kernels import (
     cpu_kernels,
     cpu_linear,
     cpu_pages,
+    cpu_pair_attention,
+    cpu_pairs,
     cpu_phase,
+    cpu_queries,
     cpu_simd,
     cpu_vectors,
 )
@@ -185,7 +188,7 @@ class Step:
         self._stream[:rows] = embedded
         out = torch.empty(rows, self._hidden, dtype=torch.bfloat16)
         jobs, job = self._jobs, self._job
-        jobs["next"] = 0
+        jobs["next"], jobs["threads"] = 0, threads
         jobs["seqs"], jobs["max_blocks"] = len(context_lens), block_tables.stride(0)
         jobs["tables"], jobs["lens"] = block_tables.data_ptr(), context_lens.data_ptr()
         jobs["slots"] = slot_mapping.data_ptr()
@@ -238,6 +241,7 @@ def _fill_attention(record: np.ndarray, layer: StepLayer, pages: Pages, heads: i
         "scale": layer.scale,
         "query_format": BFLOAT16,
         "source_format": BFLOAT16,
+        "pairs": cpu_attention.pairs_fit(pages, torch.bfloat16),
     }
     for name, value in fields.items():
         record[name] = value
@@ -246,8 +250,9 @@ def _fill_attention(record: np.ndarray, layer: StepLayer, pages: Pages, heads: i
 @cache
 def _worker():
     """The compiled C function, or the one from Numba's cache on disk."""
-    modules = cpu_vectors, cpu_formats, cpu_simd, cpu_pages, cpu_kernels, cpu_phase
-    primitives = fingerprint(*modules, cpu_linear, cpu_int8)
+    numbers = cpu_vectors, cpu_formats, cpu_simd, cpu_pairs, cpu_phase
+    modules = cpu_pages, cpu_queries, cpu_kernels, cpu_pair_attention, cpu_linear, cpu_int8
+    primitives = fingerprint(*numbers, *modules)
 
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def step(pointer):
