@@ -13,7 +13,7 @@ LOAD = Load(streams=3, rate=600, tokens=20)
 
 async def test_rounds_count_the_events_of_all_streams(tmp_path: Path) -> None:
     config = {"max_position_embeddings": 64}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(make_checkpoint.tokenizer()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(make_checkpoint.tokenizer(1000)))
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(make_checkpoint.tokenizer_config(config))
     )
