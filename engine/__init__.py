@@ -6,7 +6,12 @@ without torch.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Torch reads it when it first allocates: weights and KV pages then come in huge pages where the
+# system has them. Blocks lie scattered; in small pages each costs a walk through page tables.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from engine.llm import LLM

@@ -98,6 +98,8 @@ class Runner:
         scores: Iterable[Tensor] = ()
         if graphs is not None and kind is not None:
             tokens = graphs.sample(sampled.slots.shape[0], kind)
+        elif kind == "greedy":
+            tokens = self._remember(self.model.likeliest(hidden), sampled)
         else:
             tokens, logits = self._sample(hidden, sampled, masks)
             asked, scores = self._score(logits, tokens, sampled.traits)
@@ -155,8 +157,12 @@ class Runner:
             held = state.to_device(masks.rows, torch.int64)
             ruled = forbid(ruled, held, state.move(torch.from_numpy(masks.bits)))
         tokens = sample(ruled, state, slots, rows.traits, rows.uniforms)
-        state.tokens[slots, rows.at] = tokens.int()
-        return tokens, logits
+        return self._remember(tokens, rows), logits
+
+    def _remember(self, tokens: Tensor, rows: SampledRows) -> Tensor:
+        """Puts tokens where the next step finds them; returns them."""
+        self.state.tokens[rows.slots, rows.at] = tokens.int()
+        return tokens
 
     def _score(
         self, logits: Tensor, tokens: Tensor, traits: Traits

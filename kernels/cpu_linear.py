@@ -23,7 +23,7 @@ from kernels import cpu_formats, cpu_pages, cpu_pairs, cpu_simd, cpu_vectors
 from kernels.cpu_formats import BFLOAT16, load_row, store, store_row
 from kernels.cpu_pages import address, helper, scratch
 from kernels.cpu_pairs import MOST_HEIGHT, has_bfloat16, multiply_tile
-from kernels.cpu_simd import take
+from kernels.cpu_simd import copy_bytes, row_max, take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import (
     I64,
@@ -43,15 +43,19 @@ _AHEAD_BYTES = 4096
 _BYTES_PER_THREAD = 256 << 10  # of the matrix, worth waking another thread: about 10 microseconds
 
 _INTEGERS = ("address", "tasks", "rows", "pairs", "x", "x_stride", "panels", "bias")
+# What is wanted has an address: out is bfloat16 and scores float32 [rows, outputs]; tops float32
+# and places int64 [threads, rows] are the largest score that each thread saw, and its output.
+_RESULTS = ("out", "out_stride", "scores", "tops", "places")
 JOB = np.dtype(
-    [("next", np.int64), ("pad", np.int64, 7)]  # the counter has a cache line of its own
-    + [(name, np.int64) for name in (*_INTEGERS, "out", "out_stride")]
+    # The counters, of tasks and of threads that have tops, have a cache line of their own.
+    [("next", np.int64), ("seats", np.int64), ("pad", np.int64, 6)]
+    + [(name, np.int64) for name in (*_INTEGERS, *_RESULTS)]
 )
 _RECORD = from_dtype(JOB)
 
 
 class PackedLinear:
-    """`x @ weight.T + bias` for at most MOST_ROWS rows of bfloat16.
+    """`x @ weight.T + bias` for rows of bfloat16; as a layer, of at most MOST_ROWS.
 
     Args:
         packed: the matrix [outputs, inputs] in oneDNN's layout; kept alive
@@ -96,17 +100,35 @@ class PackedLinear:
         return True
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, inputs] -> [rows, outputs]"""
-        rows = x.shape[0]
+        """[rows, inputs] -> bfloat16 [rows, outputs]"""
+        out = torch.empty(len(x), self.outputs, dtype=torch.bfloat16)
+        self._run(x, out=out.data_ptr())
+        return out
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The same in float32, which nothing has rounded."""
+        out = torch.empty(len(x), self.outputs)
+        self._run(x, scores=out.data_ptr())
+        return out
+
+    def best(self, x: Tensor) -> Tensor:
+        """The output of the largest score, the first of equal ones, without writing them all:
+        [rows, inputs] -> int64 [rows]"""
+        threads = torch.get_num_threads()
+        tops = torch.full((threads, len(x)), -torch.inf)
+        places = torch.full((threads, len(x)), self.outputs - 1)
+        self._run(x, tops=tops.data_ptr(), places=places.data_ptr())
+        return torch.where(tops == tops.amax(0), places, self.outputs - 1).amin(0)
+
+    def _run(self, x: Tensor, **results: int) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = torch.empty(rows, self.outputs, dtype=torch.bfloat16)
         job = self._job.copy()
         job["address"] = job.ctypes.data
-        job["rows"], job["x"], job["x_stride"] = rows, x.data_ptr(), x.stride(0)
-        job["out"] = out.data_ptr()
+        job["rows"], job["x"], job["x_stride"] = len(x), x.data_ptr(), x.stride(0)
+        for name, place in results.items():
+            job[name] = place
         run(self._multiply, job, self._shares)
-        return out
 
 
 @cache
@@ -117,20 +139,40 @@ def _worker():
     @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
     def multiply(pointer):
         len(primitives)  # makes it part of the key of the cache
-        job = carray(pointer, 1)[0]
-        sums = scratch(MOST_ROWS * PANEL)
-        while True:
-            task = take(job.address)
-            if task >= job.tasks:
-                break
-            panel = panel_at(job.panels, task, job.pairs)
-            multiply_panel(job.rows, job.x, job.x_stride, panel, job.pairs, sums)
-            add_bias(sums, job.rows, job.bias, task)
-            for r in range(job.rows):
-                out = job.out + (r * job.out_stride + task * PANEL) * 2
-                store_row(BFLOAT16, address(sums, r * PANEL), out, PANEL, np.float32(1))
+        _multiply(carray(pointer, 1)[0])
 
     return WORKER(multiply.address)
+
+
+@helper
+def _multiply(job):
+    sums, outputs = scratch(min(job.rows, MOST_ROWS) * PANEL), job.tasks * PANEL
+    tops, places = np.full(job.rows, -np.inf, np.float32), np.zeros(job.rows, np.int64)
+    while True:
+        task = take(job.address)
+        if task >= job.tasks:
+            break
+        panel = panel_at(job.panels, task, job.pairs)
+        for first in range(0, job.rows, MOST_ROWS):
+            rows, x = min(MOST_ROWS, job.rows - first), job.x + first * job.x_stride * 2
+            multiply_panel(rows, x, job.x_stride, panel, job.pairs, sums)
+            add_bias(sums, rows, job.bias, task)
+            for r in range(rows):
+                row, source = first + r, address(sums, r * PANEL)
+                if job.out:
+                    out = job.out + (row * job.out_stride + task * PANEL) * 2
+                    store_row(BFLOAT16, source, out, PANEL, np.float32(1))
+                if job.scores:
+                    copy_bytes(job.scores + (row * outputs + task * PANEL) * 4, source, PANEL * 4)
+                if job.tops and row_max(source, PANEL // LANES) > tops[row]:
+                    for i in range(PANEL):
+                        if sums[r * PANEL + i] > tops[row]:
+                            tops[row], places[row] = sums[r * PANEL + i], task * PANEL + i
+    if job.tops:
+        seat = take(job.address + 8)
+        copy_bytes(job.tops + seat * job.rows * 4, tops.ctypes.data, job.rows * 4)
+        copy_bytes(job.places + seat * job.rows * 8, places.ctypes.data, job.rows * 8)
+        tops[0], places[0] = 0, 0  # Numba frees an array after the last use of its name
 
 
 @helper

@@ -101,7 +101,12 @@ class CausalLM:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: rows of `forward` -> float32 [rows, vocab_size]"""
-        return self.head(hidden).float()
+        return self.head.scores(hidden)
+
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """int64 [rows], the next token of the largest score, the first of equal ones."""
+        return self.head.best(hidden)
 
 
 class Decoder(CausalLM):

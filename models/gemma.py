@@ -45,6 +45,13 @@ class Model(Decoder):
         logits, cap = super().logits(hidden), self.config.logit_softcap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """int64 [rows], the next token of the largest score, the first of equal ones."""
+        # Capping makes large scores equal.
+        capped = self.config.logit_softcap
+        return self.logits(hidden).argmax(-1) if capped else super().likeliest(hidden)
+
 
 class Layer(DecoderLayer):
     """Attention, then the gated MLP, each between two norms and added to the stream."""

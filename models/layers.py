@@ -120,6 +120,14 @@ class Linear:
             return _packed_linear(x, self.packed, self.bias, "none", [], "")[:rows]
         return _packed_linear(x, self.packed, self.bias, "none", [], "")
 
+    def scores(self, x: Tensor) -> Tensor:
+        """The same in float32, where possible before anything is rounded."""
+        return self.few.scores(x) if self.most_few else self(x).float()
+
+    def best(self, x: Tensor) -> Tensor:
+        """int64 [rows], the output of the largest score."""
+        return self.few.best(x) if self.most_few else self.scores(x).argmax(-1)
+
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN has a packed layout for this weight on this machine."""

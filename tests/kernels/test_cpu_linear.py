@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,3 +59,33 @@ def test_other_layouts_are_not_read() -> None:
         odd = torch.randn(outputs, inputs).bfloat16()
         assert not PackedLinear.reads(odd, packed(odd))
     assert not PackedLinear.reads(weight.float(), packed(weight.float()))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [1, 5, MOST_ROWS, 150])
+def test_scores_and_the_best_of_them(rows: int, threads: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(4096, 96).bfloat16()
+    bias = torch.randn(4096).bfloat16()
+    linear = PackedLinear(packed(weight), 4096, 96, bias)
+    scores = linear.scores(x)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert (scores - exact).norm() / exact.norm() < 1e-5
+    assert linear.best(x).equal(scores.argmax(-1))
+
+
+@needs_bfloat16
+def test_the_first_of_equal_scores_is_the_best(threads: int) -> None:
+    weight = torch.randn(1, 64).bfloat16().repeat(4096, 1)
+    weight[:70] = -weight[:70]
+    linear = PackedLinear(packed(weight), 4096, 64, None)
+    x = weight[-1:] * torch.tensor([[1], [-1], [2]])
+    assert linear.best(x).tolist() == [70, 0, 70]
