@@ -115,10 +115,11 @@ class PackedLinear:
         """The output of the largest score, the first of equal ones, without writing them all:
         [rows, inputs] -> int64 [rows]"""
         threads = torch.get_num_threads()
-        tops = torch.full((threads, len(x)), -torch.inf)
-        places = torch.full((threads, len(x)), self.outputs - 1)
-        self._run(x, tops=tops.data_ptr(), places=places.data_ptr())
-        return torch.where(tops == tops.amax(0), places, self.outputs - 1).amin(0)
+        tops = np.full((threads, len(x)), -np.inf, np.float32)
+        places = np.full((threads, len(x)), self.outputs - 1)
+        self._run(x, tops=tops.ctypes.data, places=places.ctypes.data)
+        first = np.where(tops == tops.max(0), places, self.outputs - 1).min(0)
+        return torch.from_numpy(first)
 
     def _run(self, x: Tensor, **results: int) -> None:
         if x.stride(1) != 1:

@@ -10,6 +10,7 @@ then holds up everybody.
 """
 
 import ctypes
+import platform
 from functools import cache
 
 import numpy as np
@@ -51,17 +52,34 @@ def meet(typingctx, counter, finished, tasks, give_way):
         missing = builder.icmp_signed("<", builder.load_atomic(done, "seq_cst", 8), tasks)
         builder.cbranch(missing, wait, leave)
         builder.position_at_end(wait)
-        kind = ir.FunctionType(ir.VoidType(), [])
-        name = "llvm.x86.sse2.pause"
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
-        count = builder.add(builder.load(spins), I64(1))
-        builder.store(count, spins)
-        with builder.if_then(builder.icmp_signed(">", count, I64(_SPINS)), likely=False):
-            kind = ir.FunctionType(I32, []).as_pointer()
-            builder.call(builder.inttoptr(give_way, kind), [])
+        builder.store(_look_again(builder, builder.load(spins), give_way), spins)
         builder.branch(look)
         builder.position_at_end(leave)
         return context.get_dummy_value()
 
     i = types.int64
     return types.none(i, i, i, i), codegen
+
+
+@intrinsic
+def look_again(typingctx, spins, give_way):
+    """Passes a moment before the next look at a counter; how many looks there were. After some of
+    them others get the core, unless `give_way` is 0."""
+
+    def codegen(context, builder, signature, args):
+        return _look_again(builder, *args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+def _look_again(builder, spins, give_way):
+    if platform.machine() == "x86_64":
+        kind = ir.FunctionType(ir.VoidType(), [])
+        name = "llvm.x86.sse2.pause"
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+    patient = builder.icmp_signed("<=", spins, I64(_SPINS))
+    alone = builder.icmp_signed("==", give_way, I64(0))
+    with builder.if_then(builder.not_(builder.or_(patient, alone)), likely=False):
+        kind = ir.FunctionType(I32, []).as_pointer()
+        builder.call(builder.inttoptr(give_way, kind), [])
+    return builder.add(spins, I64(1))
