@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import signal
@@ -170,6 +171,8 @@ class _Server:
             engine,
             self._startup.ready(),
         )
+        gc.collect()
+        gc.freeze()  # as in the engine's process
         self._lifecycle.engine = engine
         address = self._listening.getsockname()
         told = facts(self._settings, self._keys, engine.info, address)
