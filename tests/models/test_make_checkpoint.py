@@ -19,7 +19,8 @@ TEXTS = ["The quick brown fox.", " \n\t x = f(1) # ok", "žluťoučký 日本語
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(make_checkpoint.tokenizer()))
+    size = LLAMA_56M["vocab_size"]
+    return Tokenizer.from_str(json.dumps(make_checkpoint.tokenizer(size)))
 
 
 def test_small_shape_loads(tmp_path, monkeypatch):
@@ -61,6 +62,6 @@ def test_any_text_survives(tokenizer, text):
 
 
 def test_vocabulary(tokenizer):
-    assert tokenizer.get_vocab_size() == make_checkpoint.TOKENS
+    assert tokenizer.get_vocab_size() == LLAMA_56M["vocab_size"]
     assert tokenizer.encode("<|im_start|>x<|im_end|>").ids[::2] == [1, 2]
     assert tokenizer.encode(" the").tokens == ["Ġthe"]
