@@ -79,6 +79,16 @@ def float_pointer(typingctx, address):
 
 
 @intrinsic
+def long_pointer(typingctx, address):
+    """The same to int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], I64.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
 def prefetch(typingctx, address, count):
     """Asks for `count` bytes to be brought into the L2 cache, one 64-byte line at a time."""
 

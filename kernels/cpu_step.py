@@ -47,7 +47,7 @@ from kernels.cpu_pages import JOB as ATTENTION_JOB
 from kernels.cpu_pages import RECORD as ATTENTION_RECORD
 from kernels.cpu_pages import address, encode, helper, scratch
 from kernels.cpu_phase import PHASE_BYTES, meet
-from kernels.cpu_simd import float_pointer, read_int32, take
+from kernels.cpu_simd import float_pointer, long_pointer, read_int32, take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import I64, LANES, LOG2E, const, exp2
 from kernels.pages import Pages, QuantizedPages
@@ -492,7 +492,7 @@ def _turn_and_store(job, layer, attention, row, head, turning):
     base, key_head = job.qkv + row * width * 2, job.heads + head
     key = base + key_head * dim * 2
     if layer.rotated or layer.head_norm:
-        position = carray(_long_pointer(job.positions), job.rows)[row]
+        position = carray(long_pointer(job.positions), job.rows)[row]
         line, turned = turning[:size], turning[size : 2 * size]
         for query_head in range(head * group, (head + 1) * group):
             query = base + query_head * dim * 2
@@ -559,14 +559,6 @@ def silu_times(typingctx, gate, up, vectors):
 
     i = types.int64
     return types.none(i, i, i), codegen
-
-
-@intrinsic
-def _long_pointer(typingctx, place):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], I64.as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), codegen
 
 
 @intrinsic

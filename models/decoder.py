@@ -89,7 +89,7 @@ class CausalLM:
 
     def prepare(self) -> None:
         """Derives what forward needs from the loaded weights. Call it once, after loading."""
-        self.head.pack()
+        self.head.pack(searched=True)
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""

@@ -60,6 +60,7 @@ class Linear:
         self.least_rows = 0
         self.few: Callable[[Tensor], Tensor] | None = None
         self.most_few = 0
+        self.search: Any = None
 
     def shard(self, index: int) -> dict[str, Tensor]:
         """Views of one projection: `weight` [outputs[index], inputs] and, if any, `bias`."""
@@ -87,8 +88,12 @@ class Linear:
         """Makes `pack` keep the weight as int8."""
         self.to_int8 = True
 
-    def pack(self) -> None:
-        """Exchanges the weight for a packed copy where that is faster; else does nothing."""
+    def pack(self, searched: bool = False) -> None:
+        """Exchanges the weight for a packed copy where that is faster; else does nothing.
+
+        Args:
+            searched: `best` will be asked often: keeps what that needs, half as large as the weight
+        """
         if self.weight is not None and self.to_int8:
             codes, scales = quantize(self.weight)
             self.int8 = dispatch.int8_linear(codes, scales, self.bias, self.weight.dtype)
@@ -98,6 +103,8 @@ class Linear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.least_rows = 4 if self.weight.nbytes >= STREAMED_BYTES else 0
             self._take_few(self.weight, self.packed)
+            if searched and self.least_rows:
+                self._take_search(self.weight)
             self.weight = None
 
     def _take_few(self, weight: Tensor, packed: Tensor) -> None:
@@ -105,6 +112,11 @@ class Linear:
         if cpu_linear.PackedLinear.reads(weight, packed):
             self.few = cpu_linear.PackedLinear(packed, *weight.shape, self.bias)
             self.most_few = cpu_linear.MOST_ROWS
+
+    def _take_search(self, weight: Tensor) -> None:
+        cpu_screen = importlib.import_module("kernels.cpu_screen")
+        if self.most_few and cpu_screen.ScreenedLinear.serves(weight, self.bias):
+            self.search = cpu_screen.ScreenedLinear(weight, self.few)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, sum(outputs)]"""
@@ -126,6 +138,8 @@ class Linear:
 
     def best(self, x: Tensor) -> Tensor:
         """int64 [rows], the output of the largest score."""
+        if self.search is not None:
+            return self.search.best(x)
         return self.few.best(x) if self.most_few else self.scores(x).argmax(-1)
 
 

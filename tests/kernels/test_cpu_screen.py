@@ -1,0 +1,124 @@
+"""The search for the largest score by 8-bit scores and their bounds, against that of all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu_linear import PackedLinear
+from kernels.cpu_screen import MOST_ROWS, PAUSE, ScreenedLinear
+from models.layers import STREAMED_BYTES, Linear, can_pack
+
+ONES = torch.ones(64, 32).bfloat16()
+
+
+def packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def linears(weight: Tensor) -> tuple[PackedLinear, ScreenedLinear]:
+    exact = PackedLinear(packed(weight), *weight.shape, None)
+    return exact, ScreenedLinear(weight, exact)
+
+
+SERVES = (
+    can_pack(ONES) and PackedLinear.reads(ONES, packed(ONES)) and ScreenedLinear.serves(ONES, None)
+)
+pytestmark = pytest.mark.skipif(not SERVES, reason="needs AVX512-BF16 and AVX512-VNNI")
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inputs", [32, 96, 1024])
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 2))
+def test_the_same_output_as_that_of_all_scores(rows: int, inputs: int) -> None:
+    torch.manual_seed(rows + inputs)
+    weight = torch.randn(4160, inputs).bfloat16()
+    weight[3000:] *= torch.logspace(-3, 1, 1160)[:, None].bfloat16()
+    exact, search = linears(weight)
+    for scale in (1e-3, 1, 30):
+        x = (torch.randn(rows, inputs + 1)[:, 1:] * scale).bfloat16()
+        x[0, 5] *= 50  # one number much larger than the others
+        assert search.best(x).equal(exact.best(x))
+        assert search.best(x.t().contiguous().t()).equal(exact.best(x))
+
+
+def test_few_panels_are_computed_from_the_weight() -> None:
+    torch.manual_seed(0)
+    _, search = linears(torch.randn(12800, 512).bfloat16())
+    search.best(torch.randn(1, 512).bfloat16())
+    assert 1 <= search.panels_read <= 20  # of 200
+
+
+def test_the_bounds_hold_and_are_close() -> None:
+    torch.manual_seed(5)
+    weight, x = torch.randn(8192, 512).bfloat16(), torch.randn(3, 512).bfloat16()
+    _, search = linears(weight)
+    search.best(x)
+    high, low = search.found[:2, : 3 * 128].view(2, 3, 128)
+    largest = (x.double() @ weight.double().T).view(3, 128, 64).amax(-1)
+    assert (high >= largest).all() and (low <= largest).all()
+    lengths = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).mean()
+    assert ((high - low) / lengths).max() < 0.025, "a weight is off by 0.8 % of its length"
+    assert ((high + low) / 2 - largest).div(lengths).abs().mean() < 0.001
+
+
+def test_neighbours_that_8_bits_cannot_tell_apart() -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(1, 256).bfloat16().repeat(4096, 1)
+    rows[::7, 3] += 0.02
+    rows[4000, 200] *= 1.01
+    exact, search = linears(rows)
+    x = torch.cat([rows[:1], -rows[:1], rows[:1] * 0])
+    assert search.best(x).equal(exact.best(x))
+    assert search.best(x)[2] == 0, "the first of equal scores"
+
+
+def test_a_row_that_is_no_number_is_left_to_the_product_itself() -> None:
+    torch.manual_seed(2)
+    exact, search = linears(torch.randn(4096, 64).bfloat16())
+    x = torch.randn(2, 64).bfloat16()
+    for odd in (torch.nan, torch.inf, 3e38):
+        x[1, 7] = odd
+        assert search.best(x).equal(exact.best(x))
+
+
+def test_it_pauses_where_the_bounds_exclude_little() -> None:
+    torch.manual_seed(4)
+    row = torch.randn(1, 64).bfloat16()
+    exact, search = linears(torch.cat([row.repeat(2048, 1), torch.randn(6144, 64).bfloat16()]))
+    assert search.best(row).equal(exact.best(row))
+    assert search.panels_read >= 32, "all equal rows"
+    for _ in range(PAUSE):
+        search.panels_read = 0
+        assert search.best(-row).equal(exact.best(-row))
+        assert search.panels_read == 0
+    search.best(-row)
+    assert 0 < search.panels_read < 32
+
+
+def test_the_head_takes_it_where_its_weight_comes_from_memory() -> None:
+    torch.manual_seed(3)
+    for outputs, taken in ((STREAMED_BYTES // 1024, True), (STREAMED_BYTES // 2048, False)):
+        head = Linear(512, (outputs,), dtype=torch.bfloat16, device=torch.device("cpu"))
+        head.weight = torch.randn(outputs, 512).bfloat16()
+        head.pack(searched=True)
+        assert (head.search is not None) is taken
+        x = torch.randn(3, 512).bfloat16()
+        assert head.best(x).equal(head.scores(x).argmax(-1))
+
+
+def test_weights_that_are_no_numbers_are_not_served() -> None:
+    weight = ONES.clone()
+    weight[9, 9] = torch.nan
+    assert not ScreenedLinear.serves(weight, None)
+    assert not ScreenedLinear.serves(ONES, torch.zeros(64).bfloat16())
