@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from engine.state import SlotState, Traits
 from kernels.dispatch import Backend
 from kernels.pages import Pages
+from kernels.slots import StepShape
 from models.context import ForwardContext, GroupTables
 from scheduler.plan import StepPlan
 
@@ -62,64 +64,43 @@ class InputBuilder:
         self.layer_groups = layer_groups
         self.block_size = block_size
         self.backend = backend
+        self.rows = backend.slots(state.tokens, state.block_tables, block_size)
         self._no_chunks = torch.zeros(1, dtype=torch.int32, device=state.device)
 
     def build(self, plan: StepPlan) -> StepInputs:
-        """Gathers the inputs of `plan`, whose admissions and blocks `state` already took in."""
-        state, items = self.state, plan.scheduled
-        counts_host = [item.count for item in items]
-        ends_host = [item.start + item.count for item in items]
-        num_decodes = sum(count == 1 for count in counts_host)
-        packed = state.to_device(
-            [item.slot for item in items] + [item.start for item in items] + counts_host,
-            torch.int64,
-        )
-        slots, starts, counts = packed.view(3, len(items))
-        ends = torch.cumsum(counts, 0)  # row after each sequence's last
-        if num_decodes == len(items):
-            row_slots, positions = slots, starts
-        else:
-            row_slots = torch.repeat_interleave(slots, counts, output_size=plan.num_tokens)
-            # position = row - first row of the sequence + its start
-            shift = torch.repeat_interleave(
-                starts - (ends - counts), counts, output_size=plan.num_tokens
-            )
-            positions = torch.arange(plan.num_tokens, device=state.device) + shift
-        places, offsets = positions // self.block_size, positions % self.block_size
-        max_context_len = max(ends_host)
-        width = -(-max_context_len // self.block_size)
+        """Gathers the inputs of `plan`, whose admissions and blocks `state` already took in. They
+        are valid until the next plan's."""
+        items = plan.scheduled
+        slots = [item.slot for item in items]
+        counts = [item.count for item in items]
+        ends = [item.start + item.count for item in items]
         wanted = [row for row, item in enumerate(items) if item.wants_token]
-        traits = state.traits([items[row].slot for row in wanted], [ends_host[r] for r in wanted])
-        chosen = slice(None) if len(wanted) == len(items) else state.to_device(wanted, torch.int64)
-        query_start = torch.nn.functional.pad(ends[num_decodes:] - num_decodes, (1, 0))
+        numbers = array("q", [*slots, *[item.start for item in items], *counts, *wanted])
+        numbers.frombytes(array("d", [items[row].uniform for row in wanted]).tobytes())
+        decodes, longest = counts.count(1), max(ends)
+        rows = self.rows.gather(
+            numbers, StepShape(len(items), decodes, sum(counts), len(wanted), longest)
+        )
         return StepInputs(
-            token_ids=state.tokens[row_slots, positions].long(),
+            token_ids=rows.token_ids,
             context=ForwardContext(
-                positions=positions,
-                context_lens=(starts + counts).int(),
-                query_start=query_start.int(),
-                num_decodes=num_decodes,
-                max_query_len=max(counts_host),
-                max_context_len=max_context_len,
-                groups=tuple(
-                    GroupTables(
-                        block_tables=table[slots, :width],
-                        slot_mapping=table[row_slots, places] * self.block_size + offsets,
-                    )
-                    for table in state.block_tables
-                ),
+                positions=rows.positions,
+                context_lens=rows.context_lens,
+                query_start=rows.query_start,
+                num_decodes=decodes,
+                max_query_len=max(counts),
+                max_context_len=longest,
+                groups=tuple(map(GroupTables, rows.block_tables, rows.slot_mapping)),
                 layer_groups=self.layer_groups,
                 pages=self.pages,
                 backend=self.backend,
             ),
-            wanted=(ends - 1)[chosen],
+            wanted=rows.wanted,
             sampled=SampledRows(
-                slots[chosen],
-                (starts + counts)[chosen],
-                state.to_device(
-                    [item.uniform for item in items if item.wants_token], torch.float64
-                ),
-                traits,
+                rows.slots,
+                rows.at,
+                rows.uniforms,
+                self.state.traits([slots[row] for row in wanted], [ends[row] for row in wanted]),
             ),
         )
 

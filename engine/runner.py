@@ -161,7 +161,7 @@ class Runner:
 
     def _remember(self, tokens: Tensor, rows: SampledRows) -> Tensor:
         """Puts tokens where the next step finds them; returns them."""
-        self.state.tokens[rows.slots, rows.at] = tokens.int()
+        self.inputs.rows.put(rows.slots, rows.at, tokens)
         return tokens
 
     def _score(

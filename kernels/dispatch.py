@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import int8
 from kernels.decode_choices import every_choice
 from kernels.pages import Pages, QuantizedPages, tile_bytes
+from kernels.slots import SlotRows
 
 _MODULES = {
     "triton": (
@@ -23,11 +24,12 @@ _MODULES = {
         "kernels.paged_decode",
         "kernels.paged_prefill",
         "kernels.copy_blocks",
+        "kernels.slots",
         "kernels.fused_layers",
     ),
     # Copying is what torch does on a CPU at the speed of memory.
-    "numba": (*("kernels.cpu_attention",) * 3, "kernels.reference"),
-    "torch": ("kernels.reference",) * 4,
+    "numba": (*("kernels.cpu_attention",) * 3, "kernels.reference", "kernels.cpu_slots"),
+    "torch": (*("kernels.reference",) * 4, "kernels.slots"),
 }
 _BY_DEVICE = {"cuda": "triton", "cpu": "numba"}
 
@@ -45,7 +47,8 @@ class LayerOps:
 class Backend:
     """One implementation of the ops on the paged KV cache (contract: `kernels.reference`).
 
-    `layers` are the fused ones that go around them, where the backend has any.
+    `slots` gathers a step (contract: `kernels.slots`). `layers` are the fused ones that go around
+    them, where the backend has any.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Backend:
     copy_blocks: Callable[..., None]
     gather_blocks: Callable[..., None]
     scatter_blocks: Callable[..., None]
+    slots: type[SlotRows]
     layers: LayerOps | None = None
 
 
@@ -68,7 +72,7 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         raise ValueError(
             f"no attention backend {name!r} for device {str(device)!r}; known: {sorted(_MODULES)}"
         )
-    store, decode, prefill, copy, *fused = map(importlib.import_module, _MODULES[chosen])
+    store, decode, prefill, copy, slots, *fused = map(importlib.import_module, _MODULES[chosen])
     return Backend(
         chosen,
         store.store_kv,
@@ -77,6 +81,7 @@ def backend(device: torch.device, name: str | None = None) -> Backend:
         copy.copy_blocks,
         copy.gather_blocks,
         copy.scatter_blocks,
+        slots.SlotRows,
         *(LayerOps(m.add_rms_norm, m.gated, m.turn_and_store) for m in fused),
     )
 

@@ -19,7 +19,7 @@ class GroupTables:
 
     Attributes:
         block_tables: int32 [seqs, max_blocks]
-        slot_mapping: int64 [tokens]; block * block_size + offset; -1 stores nothing
+        slot_mapping: int32 or int64 [tokens]; block * block_size + offset; -1 stores nothing
     """
 
     block_tables: Tensor
