@@ -92,6 +92,12 @@ def _weights(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _stretch(value: float) -> float:
+    if value and not 1 < value < float("inf"):
+        raise ValueError("must be above 1, or 0")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_names)]
@@ -259,6 +265,15 @@ class SchedulingSettings(Section):
     max_num_batched_tokens: Annotated[
         Count, Field(description="Most tokens in one step; longer prompts are read in chunks")
     ] = 2048
+    prefill_stretch: Annotated[
+        float,
+        AfterValidator(_stretch),
+        Field(
+            description="While others decode, prompts may make a step so many times as long as it "
+            "is without them, or as much longer as gives everybody an equal share of the time; "
+            "0 sets no bound but `max_num_batched_tokens`"
+        ),
+    ] = 0.0
     admission: Annotated[
         Literal["optimistic", "reserve"],
         Field(

@@ -41,6 +41,7 @@ from paged_cache.layout import KVFormat, KVLayout, group_layers, most_blocks
 from paged_cache.manager import KVCacheManager
 from paged_cache.pool import BlockPool
 from scheduler.fairness import FairShares
+from scheduler.pace import Pace
 from scheduler.plan import Admitted, ScheduledSeq, StepPlan
 from scheduler.preemption import Preemption, PreemptionMode
 from scheduler.request import SamplingParams
@@ -201,6 +202,7 @@ def assemble(
         shares=FairShares(settings.scheduling.weights),
         journal=trace,
         preemption=_preemption(settings.scheduling.preemption, layout, runner.host),
+        pace=Pace(settings.scheduling.prefill_stretch),
     )
     info = _info(path, config, dtype, layout, limits, device, host_blocks, settings)
     return EngineLoop(

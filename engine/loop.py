@@ -308,6 +308,7 @@ class EngineLoop:
         seconds = self._meter.computed()
         if plan.num_tokens > len(plan.scheduled):  # it read prompts
             self.scheduler.preemption.computing.observe(plan.num_tokens, seconds)
+        self.scheduler.pace.observe(plan, seconds)
         self._failed_in_a_row = 0
         self._steps += 1
         if result.broken:

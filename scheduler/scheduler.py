@@ -17,6 +17,7 @@ from scheduler.deadlines import Deadlines
 from scheduler.fairness import INPUT, OUTPUT, FairShares
 from scheduler.journal import Journal, Wait
 from scheduler.outlook import Outlook
+from scheduler.pace import Pace
 from scheduler.plan import Admitted, ScheduledSeq, Scores, SlotBlocks, StepPlan, StepResult
 from scheduler.preemption import Preemption
 from scheduler.random_numbers import uniform
@@ -69,6 +70,7 @@ class Scheduler:
         shares: FairShares | None = None,
         clock: Callable[[], float] = time.monotonic,
         preemption: Preemption | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.cache = cache
         self._journal = journal or Journal()
@@ -78,6 +80,7 @@ class Scheduler:
         self.watermark = watermark
         self.reserve = reserve
         self.preemption = preemption or Preemption()
+        self.pace = pace or Pace()
         self.prefix = PrefixCounts()
         self.waiting = WaitingQueue(shares)
         self.running: list[Sequence] = []  # by rank
@@ -204,11 +207,11 @@ class Scheduler:
             if not seq.exhausted and (todo := seq.todo):
                 (single if todo == 1 else several).append(seq)
         # Decodes first: the latency of a token that somebody waits for beats a new prompt's.
-        for seq in single + several:
-            if not step.budget:
-                break
-            if seq.status is Status.RUNNING:  # it may have been preempted for one before it
-                self._give(step, seq)
+        self._give_each(step, single)
+        reading = len(several) + min(len(self.waiting), len(self._free_slots))
+        if self.pace.stretch and step.chosen and reading:
+            step.budget = min(step.budget, self.pace.room(len(step.chosen), reading))
+        self._give_each(step, several)
         # From here on nobody is preempted in this step: what it computes can be found by others.
         for seq, share in step.chosen.items():
             self.cache.publish(seq.blocks, seq.tokens, seq.num_computed + share.count)
@@ -220,6 +223,14 @@ class Scheduler:
             self._deadlines.rate.rest()
         self._close(step)
         return step.plan
+
+    def _give_each(self, step: _Step, seqs: list[Sequence]) -> None:
+        """Gives them tokens of this step while its budget lasts."""
+        for seq in seqs:
+            if not step.budget:
+                break
+            if seq.status is Status.RUNNING:  # it may have been preempted for one before it
+                self._give(step, seq)
 
     def _give(self, step: _Step, seq: Sequence) -> None:
         """Gives `seq` tokens of this step, preempting sequences while blocks are missing."""

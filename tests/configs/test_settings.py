@@ -138,6 +138,13 @@ def test_weights_of_tenants() -> None:
             Settings.of(tenant_weights=wrong)
 
 
+def test_a_stretch_makes_steps_longer() -> None:
+    assert Settings.of(prefill_stretch="1.5").scheduling.prefill_stretch == 1.5
+    for wrong in (1, 0.5, -2, "nan", "inf"):
+        with pytest.raises(SettingsError, match="prefill_stretch must be above 1, or 0"):
+            Settings.of(prefill_stretch=wrong)
+
+
 def test_a_key_is_never_shown() -> None:
     assert "4711" not in mistake({"api_key": 4711})
     settings = Settings.of(api_key="4711")
