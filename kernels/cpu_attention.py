@@ -197,11 +197,6 @@ def _quantized(pages: QuantizedPages) -> dict[str, float]:
     }
 
 
-def plan_worker():
-    """Sets tasks, rows and work of a job, and the marks of its sequences."""
-    return _workers()[0]
-
-
 @cache
 def _workers():
     """The compiled C functions: plan, attend, combine, store."""

@@ -125,7 +125,7 @@ def _multiply(c, ldc, a, a_row, a_col, fmt, b, ldb, grid, rows, columns, depth, 
 
 
 @helper
-def _plan(job):
+def plan_tasks(job):
     """Counts tasks, rows of partial results and work, and zeros the output of padded decode rows.
 
     Work is in numbers of K/V read, plus half of that for each further query row that uses them.
@@ -418,7 +418,7 @@ def build(primitives):
     @cfunc(_WORKER, **options)
     def plan(pointer):
         len(primitives)
-        _plan(carray(pointer, 1)[0])
+        plan_tasks(carray(pointer, 1)[0])
 
     @cfunc(_WORKER, **options)
     def attend(pointer):

@@ -1,8 +1,8 @@
 """All layers of a Llama-like decoder in one call, on CPUs with AVX512-BF16.
 
 At one sequence every operation only reads its weights, and calling a hundred operations from Python
-takes as long again. Here the threads of one team go through all layers together, in one of two
-ways:
+takes as long again. Here one thread looks the tokens up and plans, then the threads of one team go
+through all layers together, in one of two ways:
 
     few rows    every thread works on all rows and takes panels of a matrix:
                 norm, q k v | rotate, store k v | attend | output, += | norm, gate, up | down, += |
@@ -15,6 +15,7 @@ is rounded where it enters a product, so results differ from those of separate o
 than bfloat16 does; a row's result does not depend on the rows beside it, nor on the way.
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,7 +42,7 @@ from kernels import (
 )
 from kernels.cpu_formats import BFLOAT16, load, load_row, store, store_row
 from kernels.cpu_int8 import Int8Linear, int8_panel_at, multiply_int8_panel, scale_sums
-from kernels.cpu_kernels import attend_tasks, combine_tasks
+from kernels.cpu_kernels import attend_tasks, combine_tasks, plan_tasks
 from kernels.cpu_linear import MOST_ROWS, PANEL, PackedLinear, add_bias, multiply_panel, panel_at
 from kernels.cpu_pages import JOB as ATTENTION_JOB
 from kernels.cpu_pages import RECORD as ATTENTION_RECORD
@@ -64,12 +65,25 @@ LAYER = np.dtype(
     + [(name, np.int64) for name in ("attention_norm", "mlp_norm", "head_norm", "rotated")]
 )
 _LAYER_RECORD = from_dtype(LAYER)
-_SIZES = ("rows", "block_rows", "layers", "hidden", "inner", "heads", "kv_heads", "head_dim")
+_SIZES = ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim")
 _ADDRESSES = (
     *("layer_table", "attention_jobs", "counters", "give_way", "stream", "qkv", "attended"),
-    *("inner_rows", "positions", "cos", "sin", "norm", "out"),
+    *("inner_rows", "embedding", "cos", "sin", "norm"),
 )
-JOB = np.dtype([(name, np.int64) for name in (*_SIZES, *_ADDRESSES)] + [("eps", np.float64)])
+# What is new in each call; the step itself sets partial_rows.
+_SIZES_OF_CALL = ("rows", "block_rows", "threads", "seqs", "max_blocks", "partial_rows")
+_ADDRESSES_OF_CALL = ("token_ids", "positions", "lens", "tables", "slots", "starts", "out")
+_INTEGERS = (*_SIZES, *_ADDRESSES, *_SIZES_OF_CALL, *_ADDRESSES_OF_CALL)
+
+
+class Job(ctypes.Structure):
+    """A call as the compiled code sees it. Python sets a field of it in a tenth of the time that
+    one of a NumPy record takes."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in _INTEGERS), ("eps", ctypes.c_double)]
+
+
+JOB = np.dtype(Job)
 _RECORD = from_dtype(JOB)
 
 
@@ -106,6 +120,7 @@ class Step:
     """The layers of one model over the pages of one cache.
 
     Args:
+        embedding: bfloat16 [entries, hidden]
         layers: all of them, in order
         norm: float32 [hidden], of the last norm; `eps` is that of every norm
         cos, sin: float32 [positions, head_dim / 2]
@@ -114,6 +129,7 @@ class Step:
 
     def __init__(
         self,
+        embedding: Tensor,
         layers: list[StepLayer],
         norm: Tensor,
         eps: float,
@@ -122,7 +138,7 @@ class Step:
         heads: int,
         pages: tuple[Pages, ...],
     ):
-        self._owners = layers, norm, cos, sin, pages
+        self._owners = embedding, layers, norm, cos, sin, pages
         count, first = len(layers), layers[0]
         self._hidden, self._width = first.output.outputs, first.qkv.outputs
         self._depth, inner = first.output.inputs, first.down.inputs
@@ -130,40 +146,50 @@ class Step:
         self._counters = cpu_phase.phases(count * PHASES + 1)
         self._layers = np.zeros(count, LAYER)
         self._jobs = np.zeros(2 * count, ATTENTION_JOB)  # attend, then combine
-        self._attend = self._jobs[:count]
         for index, layer in enumerate(layers):
             _fill(self._layers[index], layer)
             for at in (index, count + index):
                 _fill_attention(self._jobs[at : at + 1], layer, pages[index], heads)
-        job = self._job = np.zeros((), JOB)
-        job["layers"], job["hidden"], job["inner"] = count, self._hidden, inner
-        job["heads"], job["kv_heads"] = heads, self._attend[0]["kv_heads"]
-        job["head_dim"] = self._attend[0]["head_dim"]
-        job["layer_table"], job["attention_jobs"] = self._layers.ctypes.data, self._jobs.ctypes.data
-        job["counters"], job["give_way"] = self._counters.ctypes.data, cpu_phase.give_way()
-        job["inner_rows"], job["eps"] = self._inner.data_ptr(), eps
-        job["cos"], job["sin"], job["norm"] = cos.data_ptr(), sin.data_ptr(), norm.data_ptr()
-        self._stream = torch.empty(0)
-        self._reserve(MOST_ROWS)
-        self._marks = torch.empty(2, 0, dtype=torch.int32)
-        self._partial = torch.empty(0)
-        self._worker, self._plan = _worker(), cpu_attention.plan_worker()
+        self._record = np.zeros((), JOB)
+        job = self._job = Job.from_buffer(self._record)
+        job.layers, job.hidden, job.inner = count, self._hidden, inner
+        job.heads, job.kv_heads = heads, int(self._jobs[0]["kv_heads"])
+        job.head_dim = int(self._jobs[0]["head_dim"])
+        job.layer_table, job.attention_jobs = self._layers.ctypes.data, self._jobs.ctypes.data
+        job.counters, job.give_way = self._counters.ctypes.data, cpu_phase.give_way()
+        job.inner_rows, job.embedding, job.eps = self._inner.data_ptr(), embedding.data_ptr(), eps
+        job.cos, job.sin, job.norm = cos.data_ptr(), sin.data_ptr(), norm.data_ptr()
+        self._address = self._record.ctypes.data
+        self._rows = self._seqs = self._partial_rows = -1
+        self._begin, self._worker = _workers()
 
-    def _reserve(self, rows: int) -> None:
-        """Makes the rows between phases at least so many; the largest step decides."""
-        if rows <= len(self._stream):
-            return
-        self._stream = torch.empty(rows, self._hidden)
-        self._qkv = torch.empty(rows, self._width, dtype=torch.bfloat16)
-        self._attended = torch.empty(rows, self._depth, dtype=torch.bfloat16)
-        self._job["stream"], self._job["qkv"] = self._stream.data_ptr(), self._qkv.data_ptr()
-        self._job["attended"] = self._attended.data_ptr()
-        self._jobs["query"], self._jobs["query_stride"] = self._qkv.data_ptr(), self._width
-        self._jobs["out"], self._jobs["out_stride"] = self._attended.data_ptr(), self._depth
+    def _reserve(self, rows: int, seqs: int) -> None:
+        """Makes what lies between phases at least so large; the largest step decides."""
+        job, jobs = self._job, self._jobs
+        if rows > self._rows:
+            self._rows = max(rows, MOST_ROWS)
+            self._stream = torch.empty(self._rows, self._hidden)
+            self._qkv = torch.empty(self._rows, self._width, dtype=torch.bfloat16)
+            self._attended = torch.empty(self._rows, self._depth, dtype=torch.bfloat16)
+            job.stream, job.qkv = self._stream.data_ptr(), self._qkv.data_ptr()
+            job.attended = self._attended.data_ptr()
+            jobs["query"], jobs["query_stride"] = job.qkv, self._width
+            jobs["out"], jobs["out_stride"] = job.attended, self._depth
+        if seqs > self._seqs:
+            self._seqs = max(seqs, MOST_ROWS)
+            self._marks = torch.empty(2, self._seqs + 1, dtype=torch.int32)
+            jobs["first_task"], jobs["first_row"] = (line.data_ptr() for line in self._marks)
+
+    def _reserve_partial(self, rows: int) -> None:
+        """The same for partial results of attention."""
+        if rows > self._partial_rows:
+            self._partial_rows = rows
+            self._partial = torch.empty(rows, cpu_attention.partial_width(self._job.head_dim))
+            self._jobs["partial"] = self._partial.data_ptr()
 
     def __call__(
         self,
-        embedded: Tensor,
+        token_ids: Tensor,
         positions: Tensor,
         context_lens: Tensor,
         block_tables: Tensor,
@@ -173,7 +199,7 @@ class Step:
         """New tokens of some sequences.
 
         Args:
-            embedded: bfloat16 [rows, hidden]
+            token_ids: int64 [rows]
             positions: int64 [rows]
             context_lens: int32 [seqs], the new tokens included
             block_tables: int32 [seqs, max_blocks]
@@ -183,36 +209,19 @@ class Step:
         Returns:
             bfloat16 [rows, hidden], behind the last norm
         """
-        rows, threads = len(embedded), torch.get_num_threads()
-        self._reserve(rows)
-        self._stream[:rows] = embedded
+        job, rows, threads = self._job, len(token_ids), torch.get_num_threads()
+        self._reserve(rows, len(context_lens))
         out = torch.empty(rows, self._hidden, dtype=torch.bfloat16)
-        jobs, job = self._jobs, self._job
-        jobs["next"], jobs["threads"] = 0, threads
-        jobs["seqs"], jobs["max_blocks"] = len(context_lens), block_tables.stride(0)
-        jobs["tables"], jobs["lens"] = block_tables.data_ptr(), context_lens.data_ptr()
-        jobs["slots"] = slot_mapping.data_ptr()
-        jobs["starts"] = 0 if starts is None else starts.data_ptr()
-        self._plan_attention(len(context_lens))
-        self._counters[:] = 0
-        job["rows"], job["block_rows"] = rows, _block_rows(rows, threads)
-        job["positions"], job["out"] = positions.data_ptr(), out.data_ptr()
-        run(self._worker, job, threads)
+        job.rows, job.block_rows, job.threads = rows, _block_rows(rows, threads), threads
+        job.seqs, job.max_blocks = len(context_lens), block_tables.stride(0)
+        job.token_ids, job.positions = token_ids.data_ptr(), positions.data_ptr()
+        job.lens, job.tables = context_lens.data_ptr(), block_tables.data_ptr()
+        job.slots, job.out = slot_mapping.data_ptr(), out.data_ptr()
+        job.starts = 0 if starts is None else starts.data_ptr()
+        self._begin(self._address)
+        self._reserve_partial(job.partial_rows)
+        run(self._worker, self._record, threads)
         return out
-
-    def _plan_attention(self, seqs: int) -> None:
-        """Counts tasks and partial results, which are the same in every layer."""
-        jobs, first = self._jobs, self._attend[:1]
-        if self._marks.shape[1] <= seqs:
-            self._marks = torch.empty(2, seqs + 1, dtype=torch.int32)
-        jobs["first_task"], jobs["first_row"] = (line.data_ptr() for line in self._marks)
-        self._plan(first.ctypes.data)
-        tasks, rows = int(first["tasks"][0]), int(first["rows"][0])
-        width = cpu_attention.partial_width(int(first["head_dim"][0]))
-        if len(self._partial) < rows:
-            self._partial = torch.empty(rows, width)
-        jobs["tasks"], jobs["rows"] = tasks, rows
-        jobs["partial"] = self._partial.data_ptr()
 
 
 def _block_rows(rows: int, threads: int) -> int:
@@ -248,22 +257,49 @@ def _fill_attention(record: np.ndarray, layer: StepLayer, pages: Pages, heads: i
 
 
 @cache
-def _worker():
-    """The compiled C function, or the one from Numba's cache on disk."""
+def _workers():
+    """The compiled C functions begin and step, or those from Numba's cache on disk."""
     numbers = cpu_vectors, cpu_formats, cpu_simd, cpu_pairs, cpu_phase
     modules = cpu_pages, cpu_queries, cpu_kernels, cpu_pair_attention, cpu_linear, cpu_int8
     primitives = fingerprint(*numbers, *modules)
+    options = {"cache": True, "error_model": "numpy", "nopython": True}
 
-    @cfunc(types.void(types.CPointer(_RECORD)), cache=True, error_model="numpy", nopython=True)
-    def step(pointer):
+    @cfunc(types.void(types.CPointer(_RECORD)), **options)
+    def begin(pointer):
         len(primitives)  # makes it part of the key of the cache
+        _begin(carray(pointer, 1)[0])
+
+    @cfunc(types.void(types.CPointer(_RECORD)), **options)
+    def step(pointer):
+        len(primitives)
         job = carray(pointer, 1)[0]
         if job.block_rows == 0:
             _share_panels(job)
         else:
             _share_rows(job)
 
-    return WORKER(step.address)
+    return WORKER(begin.address), WORKER(step.address)
+
+
+@helper
+def _begin(job):
+    """What one thread does first: the rows of the embedding, counters, and the attention of each
+    layer, whose tasks and partial results are the same in all of them."""
+    token_ids = carray(long_pointer(job.token_ids), job.rows)
+    for row in range(job.rows):
+        source = job.embedding + token_ids[row] * job.hidden * 2
+        load_row(BFLOAT16, source, job.stream + row * job.hidden * 4, job.hidden, np.float32(1))
+    carray(long_pointer(job.counters), (job.layers * PHASES + 1) * PHASE_BYTES // 8)[:] = 0
+    for index in range(2 * job.layers):
+        attention, first = _attention_at(job, index), _attention_at(job, 0)
+        attention.next, attention.threads = 0, job.threads
+        attention.seqs, attention.max_blocks = job.seqs, job.max_blocks
+        attention.tables, attention.lens = job.tables, job.lens
+        attention.slots, attention.starts = job.slots, job.starts
+        if index == 0:
+            plan_tasks(attention)
+        attention.tasks, attention.rows = first.tasks, first.rows
+    job.partial_rows = first.rows
 
 
 @helper

@@ -22,6 +22,7 @@ def compile_step(decoder: Decoder, ctx: ForwardContext) -> Step | None:
     if not serves(ctx.pages[0]):
         return None
     return Step(
+        decoder.embed.weight,
         [_layer(layer) for layer in decoder.layers],
         decoder.norm.scale,
         decoder.config.norm_eps,

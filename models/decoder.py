@@ -144,10 +144,10 @@ class Decoder(CausalLM):
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
-        x = self.embed(token_ids)
         if self.compiled and (step := self._step_over(ctx)):
             tables, slots = ctx.groups[0].block_tables, ctx.groups[0].slot_mapping.int()
-            return step(x, ctx.positions, ctx.context_lens, tables, slots, ctx.starts())
+            return step(token_ids, ctx.positions, ctx.context_lens, tables, slots, ctx.starts())
+        x = self.embed(token_ids)
         if ctx.backend.layers is not None and self.fuses:
             return fused_forward(self, x, ctx.backend.layers, ctx)
         rotation = self.rotary(ctx.positions)

@@ -45,9 +45,9 @@ def test_answers_are_those_of_the_rounded_weights(
     quantized = answers(served(path, "float32"), asked)
     pack = Linear.pack
 
-    def rounded(linear: Linear) -> None:
+    def rounded(linear: Linear, searched: bool = False) -> None:
         linear.weight = int8.dequantize(*int8.quantize(linear.weight))
-        pack(linear)
+        pack(linear, searched)
 
     monkeypatch.setattr(Linear, "pack", rounded)
     assert answers(engine(path), asked) == quantized
