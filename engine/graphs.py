@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,14 +23,9 @@ from torch import Tensor
 
 from engine.inputs import InputBuilder, SampledRows
 from engine.sampler import sample
-from engine.state import TRAITS, Traits
+from engine.state import KINDS, TRAITS, Kind, Traits
 from models.decoder import CausalLM
 from scheduler.plan import ScheduledSeq, StepPlan
-
-Kind = Literal["greedy", "drawn", "filtered"]
-KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
-"""How the rows of a step are sampled, from the cheapest to the dearest: whoever shares a step with
-somebody who asks for more is sampled the dearer way too, with the same result."""
 
 
 class Capture(Protocol):
@@ -62,15 +57,6 @@ def batch_sizes(most: int) -> list[int]:
     """Sizes that steps of up to `most` sequences are padded to; denser where a row costs more."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(272, most, 16)]
     return [*(size for size in sizes if size < most), most]
-
-
-def sampling_kind(traits: Traits) -> Kind | None:
-    """How rows with these traits are sampled; None where one asks for what no graph has."""
-    if traits["num_edits"].any() or traits["penalized"].any() or (traits["logprobs"] >= 0).any():
-        return None
-    if traits["greedy"].all():
-        return "greedy"
-    return "filtered" if traits["filtered"].any() else "drawn"
 
 
 class DecodeGraphs:
@@ -115,11 +101,12 @@ class DecodeGraphs:
         self._load(size, items)
         self._forward[size]()
         slots, starts, bits = self._rows[: 3 * size].view(3, size)[:, :count]
-        traits = self._state.traits(
-            [item.slot for item in items], [item.start + 1 for item in items]
-        )
         return self._hidden[:count], SampledRows(
-            slots, starts + 1, bits.view(torch.float64), traits
+            slots,
+            starts + 1,
+            bits.view(torch.float64),
+            [item.slot for item in items],
+            [item.start + 1 for item in items],
         )
 
     def sample(self, count: int, kind: Kind) -> Tensor:

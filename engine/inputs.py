@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.state import SlotState, Traits
+from engine.state import SlotState
 from kernels.dispatch import Backend
 from kernels.pages import Pages
 from kernels.slots import StepShape
@@ -24,13 +24,14 @@ class SampledRows:
         slots: int64 [rows]
         at: int64 [rows]; the position that the sampled token will have
         uniforms: float64 [rows]
-        traits: [rows], on the host
+        host_slots, host_at: the same two on the host
     """
 
     slots: Tensor
     at: Tensor
     uniforms: Tensor
-    traits: Traits
+    host_slots: list[int]
+    host_at: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class InputBuilder:
                 rows.slots,
                 rows.at,
                 rows.uniforms,
-                self.state.traits([slots[row] for row in wanted], [ends[row] for row in wanted]),
+                [slots[row] for row in wanted],
+                [ends[row] for row in wanted],
             ),
         )
 

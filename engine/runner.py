@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.grammar_masks import GrammarMasks, Masks, forbid
-from engine.graphs import Capture, DecodeGraphs, sampling_kind
+from engine.graphs import Capture, DecodeGraphs
 from engine.inputs import InputBuilder, SampledRows
 from engine.launched import LaunchedStep
 from engine.logit_rules import apply_rules
@@ -89,20 +89,21 @@ class Runner:
             return LaunchedStep(plan.id, self._reader.send([self._no_tokens]))
         graphs = self.graphs if self.graphs is not None and self.graphs.serves(plan) else None
         hidden, sampled, prompts, told = self._forward(plan, graphs)
-        if not sampled.slots.shape[0]:
+        if not sampled.host_slots:
             sent = self._reader.send([self._no_tokens, *told])
             return LaunchedStep(plan.id, sent, prompts=prompts)
         masks = filling.result() if filling else None
-        kind = sampling_kind(sampled.traits) if masks is None else None
+        kind = self.state.kind(sampled.host_slots) if masks is None else None
         asked: dict[int, int] = {}
         scores: Iterable[Tensor] = ()
         if graphs is not None and kind is not None:
-            tokens = graphs.sample(sampled.slots.shape[0], kind)
+            tokens = graphs.sample(len(sampled.host_slots), kind)
         elif kind == "greedy":
             tokens = self._remember(self.model.likeliest(hidden), sampled)
         else:
-            tokens, logits = self._sample(hidden, sampled, masks)
-            asked, scores = self._score(logits, tokens, sampled.traits)
+            traits = self.state.traits(sampled.host_slots, sampled.host_at)
+            tokens, logits = self._sample(hidden, sampled, traits, masks)
+            asked, scores = self._score(logits, tokens, traits)
         sent = self._reader.send([tokens, *scores, *told])
         self.grammars.take(plan, sent)
         return LaunchedStep(plan.id, sent, asked, prompts, masks.broken if masks else {})
@@ -147,16 +148,16 @@ class Runner:
             self.inputs.backend.copy_blocks(self.storage.blocks, source, target)
 
     def _sample(
-        self, hidden: Tensor, rows: SampledRows, masks: Masks | None
+        self, hidden: Tensor, rows: SampledRows, traits: Traits, masks: Masks | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens int64 [rows], and the model's own logits [rows, vocab]."""
         logits = self.model.logits(hidden)
         state, slots = self.state, rows.slots
-        ruled = apply_rules(logits, state, slots, rows.at, rows.traits)
+        ruled = apply_rules(logits, state, slots, rows.at, traits)
         if masks is not None:
             held = state.to_device(masks.rows, torch.int64)
             ruled = forbid(ruled, held, state.move(torch.from_numpy(masks.bits)))
-        tokens = sample(ruled, state, slots, rows.traits, rows.uniforms)
+        tokens = sample(ruled, state, slots, traits, rows.uniforms)
         return self._remember(tokens, rows), logits
 
     def _remember(self, tokens: Tensor, rows: SampledRows) -> Tensor:

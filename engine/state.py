@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,12 @@ _FLOATS = (
 # still drawn.
 FORBIDDEN = -1e9
 ALWAYS = 2**31
+
+Kind = Literal["greedy", "drawn", "filtered"]
+KINDS: tuple[Kind, ...] = ("greedy", "drawn", "filtered")
+"""How the rows of a step are sampled, from the cheapest to the dearest: whoever shares a step with
+somebody who asks for more is sampled the dearer way too, with the same result."""
+_WAYS = (*KINDS, None)
 
 Traits = npt.NDArray[np.void]
 """What the host must know of slots or rows to choose the cheapest path: fields of `TRAITS`."""
@@ -87,12 +94,17 @@ class SlotState:
         self.edit_values = torch.zeros(num_slots, 0, device=device)
         self._eos_token_ids = eos_token_ids
         self._traits = np.zeros(num_slots, TRAITS)
+        self._ways = [0] * num_slots  # places in `_WAYS`
 
     def traits(self, slots: list[int], lengths: list[int]) -> Traits:
         """[rows]; of rows in `slots`, whose next token has `lengths` tokens before it."""
         rows = self._traits[slots]
         rows["length"] = lengths
         return rows
+
+    def kind(self, slots: list[int]) -> Kind | None:
+        """How a step samples for `slots`; None where one asks for more than a kind has."""
+        return _WAYS[max(map(self._ways.__getitem__, slots))]
 
     def to_device(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         """A host list as a device tensor, without waiting for the device."""
@@ -134,6 +146,7 @@ class SlotState:
         self._counts[:, slots] = self.to_device(counts, torch.int64).view(-1, rows)
         for new, made in zip(plan.admitted, edits, strict=True):
             self._traits[new.slot] = _traits(new.sampling, len(made))
+            self._ways[new.slot] = _WAYS.index(_kind(new.sampling, len(made)))
             if made:
                 self._write_edits(new.slot, made)
 
@@ -166,14 +179,25 @@ class SlotState:
         rows.view(-1)[self.move(torch.from_numpy(where))] = values
 
 
+def _kind(params: SamplingParams, num_edits: int) -> Kind | None:
+    if num_edits or params.penalized or params.logprobs is not None:
+        return None
+    if params.greedy:
+        return "greedy"
+    return "filtered" if _filtered(params) else "drawn"
+
+
+def _filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
 def _traits(params: SamplingParams, num_edits: int) -> tuple[int | bool, ...]:
     """One value of `TRAITS`."""
-    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
     asked = (params.logprobs, params.prompt_logprobs)
     counts = [-1 if count is None else count for count in asked]
     return (
         params.greedy,
-        filtered and not params.greedy,
+        _filtered(params) and not params.greedy,
         max(params.top_k, 0),
         params.penalized,
         num_edits,

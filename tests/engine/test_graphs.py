@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,10 +15,10 @@ import models.decoder
 import models.layers
 from configs.settings import Settings
 from engine.build import build
-from engine.graphs import KINDS, batch_sizes, sampling_kind
+from engine.graphs import batch_sizes
 from engine.loop import EngineLoop
 from engine.runner import Runner
-from engine.state import TRAITS
+from engine.state import KINDS, SlotState
 from scheduler.plan import Admitted, ScheduledSeq, SlotBlocks, StepPlan
 from scheduler.request import SamplingParams
 from tests.engine.drive import answers, request
@@ -142,15 +141,21 @@ def test_large_steps_are_padded_by_less_than_sixteen() -> None:
 
 
 def test_the_dearest_row_says_how_a_step_is_sampled() -> None:
-    rows = np.zeros(2, TRAITS)
-    rows["logprobs"] = -1
-    rows["greedy"] = True
-    assert sampling_kind(rows) == "greedy"
-    rows["greedy"][1] = False
-    assert sampling_kind(rows) == "drawn"
-    rows["filtered"][1] = True
-    assert sampling_kind(rows) == "filtered"
-    for field, value in (("num_edits", 1), ("penalized", True), ("logprobs", 0)):
-        ruled = rows.copy()
-        ruled[field][0] = value
-        assert sampling_kind(ruled) is None
+    asked: dict[str, Any] = {
+        "greedy": {},
+        "drawn": {"temperature": 1.0},
+        "filtered": {"temperature": 1.0, "top_k": 3},
+    }
+    rules: list[dict[str, Any]] = [
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 1, "stop_token_ids": (2,)},
+        {"presence_penalty": 1.0},
+        {"logprobs": 0},
+    ]
+    wanted = [SamplingParams(**{"temperature": 0.0, **more}) for more in (*asked.values(), *rules)]
+    state = SlotState(len(wanted), 8, 4, torch.device("cpu"))
+    state.apply(StepPlan(0, [Admitted(i, [1], 1, params) for i, params in enumerate(wanted)]))
+    for place, kind in enumerate(asked):
+        assert state.kind(list(range(place + 1))) == kind
+    for ruled in range(len(asked), len(wanted)):
+        assert state.kind([0, ruled, 1]) is None
