@@ -171,7 +171,16 @@ class SlotState:
         self.edit_values[slot, : len(edits)] = self.to_device(list(values), torch.float32)
 
     def _scatter(self, rows: Tensor, starts: list[int], pieces: list[list[int]]) -> None:
-        """Writes each piece into the flattened `rows` from its start on, in one operation."""
+        """Writes each piece into the flattened `rows` from its start on."""
+        if self.device.type != "cpu":
+            self._scatter_at_once(rows, starts, pieces)
+            return
+        flat = rows.view(-1).numpy()
+        for start, piece in zip(starts, pieces, strict=True):
+            flat[start : start + len(piece)] = piece
+
+    def _scatter_at_once(self, rows: Tensor, starts: list[int], pieces: list[list[int]]) -> None:
+        """The same in one operation of the device."""
         where = np.concatenate(
             [np.arange(s, s + len(p)) for s, p in zip(starts, pieces, strict=True)]
         )
