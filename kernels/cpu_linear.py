@@ -6,8 +6,9 @@ which it calls AB16b64a2b, is read here as it lies, so the weights stay in memor
     panel of 64 outputs | inputs 0, 1 of output 0 | inputs 0, 1 of output 1 | .. | of output 63
                         | inputs 2, 3 of output 0 | ..
 
-One instruction multiplies 16 such pairs of the matrix with a pair of `x` and adds both products to
-16 sums. A task is one panel; it reads its part of the matrix once, in order, for all rows.
+The last panel is filled up with zeros. One instruction multiplies 16 such pairs of the matrix with
+a pair of `x` and adds both products to 16 sums. A task is one panel; it reads its part of the
+matrix once, in order, for all rows.
 """
 
 import ctypes
@@ -42,10 +43,10 @@ PAIR_BYTES = PANEL * 2 * 2  # a pair of inputs of every output in the panel
 _AHEAD_BYTES = 4096
 _BYTES_PER_THREAD = 256 << 10  # of the matrix, worth waking another thread: about 10 microseconds
 
-_INTEGERS = ("address", "tasks", "rows", "pairs", "x", "x_stride", "panels", "bias")
+_INTEGERS = ("address", "tasks", "rows", "pairs", "outputs", "x", "x_stride", "panels", "bias")
 # What is wanted has an address: out is bfloat16 and scores float32 [rows, outputs]; tops float32
 # and places int64 [threads, rows] are the largest score that each thread saw, and its output.
-_RESULTS = ("out", "out_stride", "scores", "tops", "places")
+_RESULTS = ("out", "scores", "tops", "places")
 JOB = np.dtype(
     # The counters, of tasks and of threads that have tops, have a cache line of their own.
     [("next", np.int64), ("seats", np.int64), ("pad", np.int64, 6)]
@@ -63,18 +64,22 @@ class PackedLinear:
 
     Attributes:
         panels, scales, bias: addresses; a bias of 0 is none, and there are no scales
+        in_panels: whether they are whole panels, as the compiled step takes them
     """
 
     def __init__(self, packed: Tensor, outputs: int, inputs: int, bias: Tensor | None):
-        self._owners = packed, bias
+        missing = -outputs % PANEL
+        padded = None if bias is None else torch.nn.functional.pad(bias, (0, missing))
+        self.in_panels = missing == 0
+        self._owners = packed, padded
         self.outputs, self.inputs = outputs, inputs
         self.panels = int(torch.ops.mkldnn.data_ptr(packed))
-        self.bias = 0 if bias is None else bias.data_ptr()
+        self.bias = 0 if padded is None else padded.data_ptr()
         self.scales = 0
         self._job = np.zeros((), JOB)  # what is the same in every call
-        self._job["tasks"], self._job["pairs"] = outputs // PANEL, inputs // 2
+        self._job["tasks"], self._job["pairs"] = -(-outputs // PANEL), inputs // 2
         self._job["panels"], self._job["bias"] = self.panels, self.bias
-        self._job["out_stride"] = outputs
+        self._job["outputs"] = outputs
         self._multiply = _worker()  # compiled now, not during a request
         self._shares = -(-2 * outputs * inputs // _BYTES_PER_THREAD)
 
@@ -83,19 +88,20 @@ class PackedLinear:
         """Whether `packed`, made of `weight` [outputs, inputs], lies as this class reads it and
         this CPU has the instruction. Looks at the first and the last panel only."""
         outputs, inputs = weight.shape
-        if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 32:
+        if weight.dtype != torch.bfloat16 or inputs % 32:
             return False
         if not has_bfloat16() or not hasattr(torch.ops.mkldnn, "data_ptr"):
             return False
-        if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        panels = -(-outputs // PANEL)
+        if torch.ops.mkldnn._nbytes(packed) != panels * PANEL * inputs * 2:
             return False
         first = torch.ops.mkldnn.data_ptr(packed)
-        panel = PANEL * inputs
-        for start in (0, outputs - PANEL):
-            cells = (ctypes.c_int16 * panel).from_address(first + 2 * start * inputs)
+        for start in (0, (panels - 1) * PANEL):
+            cells = (ctypes.c_int16 * (PANEL * inputs)).from_address(first + 2 * start * inputs)
             lies = torch.frombuffer(cells, dtype=torch.int16).view(inputs // 2, PANEL, 2)
             rows = weight[start : start + PANEL].view(torch.int16)
-            if not lies.permute(1, 0, 2).reshape(PANEL, inputs).equal(rows):
+            filled = torch.nn.functional.pad(rows, (0, 0, 0, PANEL - len(rows)))
+            if not lies.permute(1, 0, 2).reshape(PANEL, inputs).equal(filled):
                 return False
         return True
 
@@ -147,13 +153,13 @@ def _worker():
 
 @helper
 def _multiply(job):
-    sums, outputs = scratch(min(job.rows, MOST_ROWS) * PANEL), job.tasks * PANEL
+    sums, outputs = scratch(min(job.rows, MOST_ROWS) * PANEL), job.outputs
     tops, places = np.full(job.rows, -np.inf, np.float32), np.zeros(job.rows, np.int64)
     while True:
         task = take(job.address)
         if task >= job.tasks:
             break
-        panel = panel_at(job.panels, task, job.pairs)
+        panel, count = panel_at(job.panels, task, job.pairs), min(PANEL, outputs - task * PANEL)
         for first in range(0, job.rows, MOST_ROWS):
             rows, x = min(MOST_ROWS, job.rows - first), job.x + first * job.x_stride * 2
             multiply_panel(rows, x, job.x_stride, panel, job.pairs, sums)
@@ -161,12 +167,12 @@ def _multiply(job):
             for r in range(rows):
                 row, source = first + r, address(sums, r * PANEL)
                 if job.out:
-                    out = job.out + (row * job.out_stride + task * PANEL) * 2
-                    store_row(BFLOAT16, source, out, PANEL, np.float32(1))
+                    out = job.out + (row * outputs + task * PANEL) * 2
+                    store_row(BFLOAT16, source, out, count, np.float32(1))
                 if job.scores:
-                    copy_bytes(job.scores + (row * outputs + task * PANEL) * 4, source, PANEL * 4)
+                    copy_bytes(job.scores + (row * outputs + task * PANEL) * 4, source, count * 4)
                 if job.tops and row_max(source, PANEL // LANES) > tops[row]:
-                    for i in range(PANEL):
+                    for i in range(count):
                         if sums[r * PANEL + i] > tops[row]:
                             tops[row], places[row] = sums[r * PANEL + i], task * PANEL + i
     if job.tops:

@@ -47,7 +47,7 @@ def can_compile(decoder: Decoder) -> bool:
         and type(decoder.norm) is RMSNorm
         and all(type(layer) is DecoderLayer for layer in decoder.layers)
         and all(layer.mlp.down.inputs % PANEL == 0 for layer in decoder.layers)
-        and all(linear.few for linear in decoder.linears())
+        and all(linear.few and linear.few.in_panels for linear in decoder.linears())
     )
 
 

@@ -97,7 +97,7 @@ class Linear:
         if self.weight is not None and self.to_int8:
             codes, scales = quantize(self.weight)
             self.int8 = dispatch.int8_linear(codes, scales, self.bias, self.weight.dtype)
-            self.few = self.int8 if self.int8.in_panels else None
+            self.few = self.int8
             self.weight = None
         elif self.weight is not None and can_pack(self.weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)

@@ -25,7 +25,7 @@ needs_bfloat16 = pytest.mark.skipif(not READS, reason="needs AVX512-BF16 and the
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(64, 32), (128, 96), (192, 512), (2048, 544), (64, 4096)]
+    ("outputs", "inputs"), [(64, 32), (128, 96), (209, 512), (2048, 544), (64, 4096), (1, 64)]
 )
 def test_product(outputs: int, inputs: int, threads: int, bias: bool) -> None:
     torch.manual_seed(outputs + inputs)
@@ -55,9 +55,8 @@ def test_other_layouts_are_not_read() -> None:
     other[-1, -1] += 1
     assert PackedLinear.reads(weight, packed(weight))
     assert not PackedLinear.reads(other, packed(weight)), "another matrix, or another layout"
-    for outputs, inputs in ((100, 64), (128, 48)):  # oneDNN pads these
-        odd = torch.randn(outputs, inputs).bfloat16()
-        assert not PackedLinear.reads(odd, packed(odd))
+    odd = torch.randn(128, 48).bfloat16()  # oneDNN pads the inputs
+    assert not PackedLinear.reads(odd, packed(odd))
     assert not PackedLinear.reads(weight.float(), packed(weight.float()))
 
 
@@ -70,12 +69,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("outputs", [4096, 4097, 4159])
 @pytest.mark.parametrize("rows", [1, 5, MOST_ROWS, 150])
-def test_scores_and_the_best_of_them(rows: int, threads: int) -> None:
+def test_scores_and_the_best_of_them(rows: int, outputs: int, threads: int) -> None:
     torch.manual_seed(rows)
-    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(4096, 96).bfloat16()
-    bias = torch.randn(4096).bfloat16()
-    linear = PackedLinear(packed(weight), 4096, 96, bias)
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
+    bias = torch.randn(outputs).bfloat16()
+    linear = PackedLinear(packed(weight), outputs, 96, bias)
     scores = linear.scores(x)
     exact = x.double() @ weight.double().T + bias.double()
     assert (scores - exact).norm() / exact.norm() < 1e-5
@@ -89,3 +89,16 @@ def test_the_first_of_equal_scores_is_the_best(threads: int) -> None:
     linear = PackedLinear(packed(weight), 4096, 64, None)
     x = weight[-1:] * torch.tensor([[1], [-1], [2]])
     assert linear.best(x).tolist() == [70, 0, 70]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("outputs", [1, 63, 65, 1009])
+def test_what_fills_the_last_panel_up_is_no_output(outputs: int, threads: int) -> None:
+    row = torch.rand(1, 64).bfloat16() + 1
+    weight = -row.repeat(outputs, 1)
+    weight[-1] /= 2
+    linear = PackedLinear(packed(weight), outputs, 64, None)
+    x = row.repeat(3, 1)
+    assert linear.scores(x).shape == linear(x).shape == (3, outputs)
+    assert linear.scores(x).max() < 0, "less than what zeros give"
+    assert linear.best(x).tolist() == [outputs - 1] * 3

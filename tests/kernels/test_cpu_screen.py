@@ -38,12 +38,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("inputs", [32, 96, 1024])
+@pytest.mark.parametrize(("outputs", "inputs"), [(4160, 32), (4159, 96), (4160, 1024)])
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 2))
-def test_the_same_output_as_that_of_all_scores(rows: int, inputs: int) -> None:
+def test_the_same_output_as_that_of_all_scores(rows: int, outputs: int, inputs: int) -> None:
     torch.manual_seed(rows + inputs)
-    weight = torch.randn(4160, inputs).bfloat16()
-    weight[3000:] *= torch.logspace(-3, 1, 1160)[:, None].bfloat16()
+    weight = torch.randn(outputs, inputs).bfloat16()
+    weight[3000:] *= torch.logspace(-3, 1, outputs - 3000)[:, None].bfloat16()
     exact, search = linears(weight)
     for scale in (1e-3, 1, 30):
         x = (torch.randn(rows, inputs + 1)[:, 1:] * scale).bfloat16()
@@ -70,6 +70,14 @@ def test_the_bounds_hold_and_are_close() -> None:
     lengths = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).mean()
     assert ((high - low) / lengths).max() < 0.025, "a weight is off by 0.8 % of its length"
     assert ((high + low) / 2 - largest).div(lengths).abs().mean() < 0.001
+
+
+def test_what_fills_the_last_panel_up_is_no_output() -> None:
+    row = torch.rand(1, 64).bfloat16() + 1
+    exact, search = linears(-row.repeat(4097, 1))
+    assert search.best(row).tolist() == exact.best(row).tolist() == [0]
+    exact, search = linears(torch.cat([-row.repeat(4096, 1), -row / 2]))
+    assert search.best(row).tolist() == exact.best(row).tolist() == [4096]
 
 
 def test_neighbours_that_8_bits_cannot_tell_apart() -> None:

@@ -56,9 +56,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def decoders(kind: str, quantized: bool = False) -> tuple[Decoder, Decoder]:
+def decoders(kind: str, quantized: bool = False, **sizes: int) -> tuple[Decoder, Decoder]:
     """The same weights in bfloat16 and in float32, or the same int8 ones, ready."""
-    config = registry.parse_config({**SIZES, **KINDS[kind]})
+    config = registry.parse_config({**SIZES, **KINDS[kind], **sizes})
     generator = torch.Generator().manual_seed(len(kind))
     short, exact = (registry.build(config, t, CPU) for t in (torch.bfloat16, torch.float32))
     wide = exact.checkpoint_tensors()
@@ -252,3 +252,15 @@ def test_other_pages_and_other_decoders_are_left_alone() -> None:
     assert exact._step is None, "float32 weights"
     short.forward(torch.tensor([1]), batch([5], plain_pages(short, torch.float32), 3))
     assert short._step is None, "pages that the step does not write"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_matrices_of_parts_of_panels_are_left_alone(quantized: bool) -> None:
+    short, exact = decoders("llama", quantized, hidden_size=160)
+    assert not short.compiled
+    ids = torch.arange(3)
+    found, truth = (
+        decoder.forward(ids, batch([5, 9, 40], plain_pages(decoder, dtype), 3))
+        for decoder, dtype in ((short, torch.bfloat16), (exact, torch.float32))
+    )
+    assert error(found, truth) < 2e-2

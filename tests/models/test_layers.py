@@ -45,6 +45,23 @@ def test_packed_linear(inputs, outputs, bias, dtype):
         assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("outputs", [257, 4161])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_any_size_names_only_its_outputs(outputs, dtype):
+    row = torch.rand(1, 512, dtype=dtype) + 1
+    table = -row.repeat(outputs, 1)
+    table[-2] /= 2
+    head = Linear(512, (outputs,), dtype=dtype, device=CPU)
+    head.weight = table
+    before = table.clone()
+    head.pack(searched=True)
+    assert table.equal(before), "the embedding, where they are tied"
+    for rows in (1, 3, 70):
+        x = row.repeat(rows, 1)
+        assert head.scores(x).shape == (rows, outputs)
+        assert head.best(x).tolist() == [outputs - 2] * rows, "all scores are negative"
+
+
 def test_shards_are_views_of_one_weight():
     linear = filled_linear(8, (6, 2, 2), torch.float32, True)
     linear.shard(1)["weight"].fill_(7.0)
