@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu_linear import PackedLinear
-from kernels.cpu_screen import MOST_ROWS, PAUSE, ScreenedLinear
+from kernels.cpu_linear import MOST_ROWS, PackedLinear
+from kernels.cpu_screen import FINE_ROWS, PAUSE, ScreenedLinear
 from models.layers import STREAMED_BYTES, Linear, can_pack
 
 ONES = torch.ones(64, 32).bfloat16()
@@ -39,7 +39,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(4160, 32), (4159, 96), (4160, 1024)])
-@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 2))
+@pytest.mark.parametrize(
+    "rows", [*range(1, FINE_ROWS + 7), MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1]
+)
 def test_the_same_output_as_that_of_all_scores(rows: int, outputs: int, inputs: int) -> None:
     torch.manual_seed(rows + inputs)
     weight = torch.randn(outputs, inputs).bfloat16()
@@ -55,20 +57,26 @@ def test_the_same_output_as_that_of_all_scores(rows: int, outputs: int, inputs: 
 def test_few_panels_are_computed_from_the_weight() -> None:
     torch.manual_seed(0)
     _, search = linears(torch.randn(12800, 512).bfloat16())
-    search.best(torch.randn(1, 512).bfloat16())
-    assert 1 <= search.panels_read <= 20  # of 200
+    for rows, most in ((1, 20), (FINE_ROWS, 100), (FINE_ROWS + 1, 300), (MOST_ROWS, 2000)):
+        search.best(torch.randn(rows, 512).bfloat16())
+        assert rows <= search.exactly <= most  # of 200 per row
 
 
-def test_the_bounds_hold_and_are_close() -> None:
+@pytest.mark.parametrize(("rows", "width"), [(3, 0.025), (17, 0.05)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_bounds_hold_and_are_close(rows: int, width: float, whole: bool) -> None:
     torch.manual_seed(5)
-    weight, x = torch.randn(8192, 512).bfloat16(), torch.randn(3, 512).bfloat16()
+    weight, x = torch.randn(8192, 512).bfloat16(), torch.randn(rows, 512).bfloat16()
+    if whole:  # 8 bits hold the weight, so that only rows are rounded
+        weight = torch.randint(-127, 128, weight.shape).bfloat16()
+        weight[:, 0] = 127
     _, search = linears(weight)
     search.best(x)
-    high, low = search.found[:2, : 3 * 128].view(2, 3, 128)
-    largest = (x.double() @ weight.double().T).view(3, 128, 64).amax(-1)
+    high, low = search.bounds[:, : 128 * rows].view(2, 128, rows)
+    largest = (weight.double() @ x.double().T).view(128, 64, rows).amax(1)
     assert (high >= largest).all() and (low <= largest).all()
-    lengths = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).mean()
-    assert ((high - low) / lengths).max() < 0.025, "a weight is off by 0.8 % of its length"
+    lengths = x.double().norm(dim=1) * weight.double().norm(dim=1).mean()
+    assert ((high - low) / lengths).max() < width, "codes of 8 bits are off by 0.8 % of the length"
     assert ((high + low) / 2 - largest).div(lengths).abs().mean() < 0.001
 
 
@@ -105,13 +113,13 @@ def test_it_pauses_where_the_bounds_exclude_little() -> None:
     row = torch.randn(1, 64).bfloat16()
     exact, search = linears(torch.cat([row.repeat(2048, 1), torch.randn(6144, 64).bfloat16()]))
     assert search.best(row).equal(exact.best(row))
-    assert search.panels_read >= 32, "all equal rows"
+    assert search.exactly >= 32, "all equal rows"
     for _ in range(PAUSE):
-        search.panels_read = 0
+        search.exactly = 0
         assert search.best(-row).equal(exact.best(-row))
-        assert search.panels_read == 0
+        assert search.exactly == 0
     search.best(-row)
-    assert 0 < search.panels_read < 32
+    assert 0 < search.exactly < 12
 
 
 def test_the_head_takes_it_where_its_weight_comes_from_memory() -> None:
