@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.client import EngineClient
 from server import __version__, errors, openapi
@@ -14,7 +16,7 @@ from server.edge import OPEN_PATHS, AccessLog, BodyLimit, Gate, HangUp, KeyGuard
 from server.keys import KeyRing
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics, Slo
-from server.metrics.http_meter import HttpMeter
+from server.metrics.http_meter import HttpCounts, HttpMeter
 from server.metrics.scrape import PATH, Scrape, ShortCut
 from server.queue_bound import QueueBound, QueueLimits
 from server.reading import ParserNames
@@ -38,6 +40,17 @@ from server.tokenizer import TextModel
 __all__ = ["Limits", "ParserNames", "TextModel", "create_app"]
 
 
+class Application(FastAPI):
+    """FastAPI's, with a place in front of everything."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.front: ASGIApp = super().__call__
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
+
+
 def create_app(
     engine: EngineClient,
     text: TextModel,
@@ -52,7 +65,7 @@ def create_app(
     slo: Slo | None = None,
     startup: Mapping[str, float] | None = None,
     parsers: ParserNames | None = None,
-) -> FastAPI:
+) -> Application:
     """The application over a running engine.
 
     Args:
@@ -93,12 +106,12 @@ def create_app(
         parsers,
     )
     # Spans are `server.spans`': FastAPI's own would look for a provider at every request.
-    app = FastAPI(
+    app = Application(
         title="Quire",
         version=__version__,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    scrape = Scrape(metrics.render)
+    scrape = Scrape(metrics.render, lambda: metrics.quiet)
     app.router.routes.append(Route(PATH, scrape, methods=["GET"]))
     answering = (chat, completions, responses)
     for module in (*answering, debug, explain, page, requests, status, steps, tokens):
@@ -109,11 +122,14 @@ def create_app(
     app.add_middleware(HangUp)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
-    app.add_middleware(ShortCut, scrape=scrape)
+    keys = keys or KeyRing()
     open_paths = OPEN_PATHS | {PATH} if metrics_without_key else OPEN_PATHS
-    app.add_middleware(KeyGuard, keys=keys or KeyRing(), open_paths=open_paths)
+    app.add_middleware(KeyGuard, keys=keys, open_paths=open_paths)
     templates = [route.path for route in app.routes if isinstance(route, Route)]
-    app.add_middleware(HttpMeter, metrics=metrics, templates=templates)
+    counts = HttpCounts(metrics)
+    app.add_middleware(HttpMeter, metrics=metrics, counts=counts, templates=templates)
     app.add_middleware(AccessLog)
     app.add_middleware(RequestId)
+    scrape_keys = KeyRing() if metrics_without_key else keys
+    app.front = ShortCut(app.front, scrape, scrape_keys, counts)
     return app

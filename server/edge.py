@@ -47,9 +47,7 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        known = _REQUEST_ID.fullmatch(given)
-        request_id = given.decode() if known else f"req-{os.urandom(16).hex()}"
+        request_id = request_id_of(scope)
         state = scope.setdefault("state", {})
         state["request_id"], state["arrival"] = request_id, time.monotonic()
         state["send"] = send
@@ -62,6 +60,12 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, named_send)
+
+
+def request_id_of(scope: Scope) -> str:
+    """The client's, or a new one where it gave none that may be echoed."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{os.urandom(16).hex()}"
 
 
 class AccessLog:
@@ -106,7 +110,7 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        tenant = "" if scope["path"] in self._open_paths else self._tenant(scope)
+        tenant = "" if scope["path"] in self._open_paths else tenant_of(scope, self._keys)
         if tenant is not None:
             scope["state"]["tenant"] = tenant
             return await self._app(scope, receive, send)
@@ -118,12 +122,14 @@ class KeyGuard:
         )
         await error.response()(scope, receive, send)
 
-    def _tenant(self, scope: Scope) -> str | None:
-        if not self._keys:
-            return ""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        owner = self._keys.tenant(key.strip().encode("latin-1", "replace"))
-        return owner if scheme.lower() == "bearer" else None
+
+def tenant_of(scope: Scope, keys: KeyRing) -> str | None:
+    """Whose key the request has: "" where there are none, None where it is none of `keys`."""
+    if not keys:
+        return ""
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    owner = keys.tenant(key.strip().encode("latin-1", "replace"))
+    return owner if scheme.lower() == "bearer" else None
 
 
 class Gate:

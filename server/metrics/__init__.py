@@ -170,11 +170,19 @@ class Metrics:
             torch=version("torch"),
         )
         self._process = ProcessMetrics()
+        self._told: EngineStats | None = None  # the snapshot in the last text
 
     def render(self) -> bytes:
         """The exposition text."""
-        state = EngineState(self._stats(), self._last_step, self._stalled())
+        self._told = self._stats()
+        state = EngineState(self._told, self._last_step, self._stalled())
         return self.registry.render(state) + self._process.render()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether a new text would hardly differ from the last: nothing of the engine was heard
+        since, and what is said of the process is still good."""
+        return self._stats() is self._told and self._process.fresh
 
     # ------------------------------------------------------------------ answers
 

@@ -2,7 +2,7 @@
 
 Gateways scrape many times a second, and a histogram takes an observation per token: both have to be
 cheap. So everything of a line but its number is made once, one call observes many equal values, and
-a histogram without new ones is not rendered again.
+what has no news is not even looked at: after a pause every object comes from memory anew.
 Values are written on the event loop's thread alone and may be rendered on any other.
 """
 
@@ -20,16 +20,23 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Counter:
-    """A sum that only grows."""
+    """A sum that only grows.
 
-    __slots__ = ("_start", "value")
+    Args:
+        changed: is told of each change.
+    """
 
-    def __init__(self, name: str, labels: Mapping[str, str]) -> None:
+    __slots__ = ("_changed", "_start", "value")
+
+    def __init__(
+        self, name: str, labels: Mapping[str, str], changed: Callable[[Counter], None]
+    ) -> None:
         self.value = 0.0
-        self._start = _start(name, labels)
+        self._start, self._changed = _start(name, labels), changed
 
     def inc(self, amount: float = 1.0) -> None:
         self.value += amount
+        self._changed(self)
 
     def lines(self, snapshot: object) -> str:
         return f"{self._start}{self.value}\n"
@@ -40,18 +47,25 @@ class Histogram:
 
     Args:
         edges: ascending upper bounds; infinity follows the last one.
+        changed: is told of each change.
     """
 
-    __slots__ = ("_counts", "_edges", "_ending", "_rendered", "_starts", "total")
+    __slots__ = ("_changed", "_counts", "_edges", "_ending", "_starts", "total")
 
-    def __init__(self, name: str, labels: Mapping[str, str], edges: Sequence[float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        labels: Mapping[str, str],
+        edges: Sequence[float],
+        changed: Callable[[Histogram], None],
+    ) -> None:
         self._edges = [float(edge) for edge in edges]
         self._counts = [0] * (len(edges) + 1)
         self.total = 0.0
         bounds = [*map(repr, self._edges), "+Inf"]
         self._starts = [_start(f"{name}_bucket", {**labels, "le": bound}) for bound in bounds]
         self._ending = (_start(f"{name}_count", labels), _start(f"{name}_sum", labels))
-        self._rendered: tuple[list[int], float, str] = ([], 0.0, "")  # what the text was made of
+        self._changed = changed
 
     @property
     def count(self) -> int:
@@ -62,19 +76,13 @@ class Histogram:
         """`value` was seen `times` times."""
         self._counts[bisect_left(self._edges, value)] += times
         self.total += value * times
+        self._changed(self)
 
     def lines(self, snapshot: object) -> str:
-        counts, total = self._counts[:], self.total
-        seen, seen_total, text = self._rendered
-        if counts != seen or total != seen_total:
-            text = self._text(list(accumulate(counts)), total)
-            self._rendered = counts, total, text
-        return text
-
-    def _text(self, counts: list[int], total: float) -> str:
+        counts = list(accumulate(self._counts))
         buckets = [f"{start}{n}.0\n" for start, n in zip(self._starts, counts, strict=True)]
         count_start, sum_start = self._ending
-        return f"{''.join(buckets)}{count_start}{counts[-1]}.0\n{sum_start}{total}\n"
+        return f"{''.join(buckets)}{count_start}{counts[-1]}.0\n{sum_start}{self.total}\n"
 
 
 class Reading(Generic[S]):
@@ -105,17 +113,21 @@ class Registry(Generic[S]):
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._labels = dict(labels)
         self._families: dict[str, _Family[S]] = {}
+        self._family_of: dict[Series[S], _Family[S]] = {}
+        self._readings: list[Reading[S]] = []
+        self._news: set[Series[S]] = set()  # what differs from the text made last
+        self._snapshot: S | None = None
 
     def counter(self, name: str, text: str, *, bare: bool = False, **labels: str) -> Counter:
         """A counter; its name ends in `_total`."""
-        counter = Counter(name, self._all(labels, bare))
+        counter = Counter(name, self._all(labels, bare), self._news.add)
         self._add("counter", name, text, counter)
         return counter
 
     def histogram(
         self, name: str, text: str, edges: Sequence[float], *, bare: bool = False, **labels: str
     ) -> Histogram:
-        histogram = Histogram(name, self._all(labels, bare), edges)
+        histogram = Histogram(name, self._all(labels, bare), edges, self._news.add)
         self._add("histogram", name, text, histogram)
         return histogram
 
@@ -128,19 +140,29 @@ class Registry(Generic[S]):
         **labels: str,
     ) -> None:
         """A counter or gauge whose value somebody else keeps."""
-        self._add(kind, name, text, Reading(name, self._all(labels, False), read))
+        reading = Reading(name, self._all(labels, False), read)
+        self._readings.append(reading)
+        self._add(kind, name, text, reading)
 
     def constant(self, name: str, text: str, value: float, **labels: str) -> None:
         """A gauge that never changes."""
         self.read("gauge", name, text, lambda _: value, **labels)
 
     def render(self, snapshot: S) -> bytes:
-        """The exposition text."""
-        text = [
-            family.header + "".join([series.lines(snapshot) for series in list(family.series)])
-            for family in list(self._families.values())
-        ]
-        return "".join(text).encode()
+        """The exposition text. What is read off a snapshot that equals the last one is not read
+        again."""
+        if snapshot != self._snapshot:
+            self._snapshot = snapshot
+            self._news.update(self._readings)
+        families = set()
+        while self._news:
+            series = self._news.pop()  # before it is read: another thread may be counting
+            family = self._family_of[series]
+            family.lines[series] = series.lines(snapshot)
+            families.add(family)
+        for family in families:
+            family.join()
+        return b"".join([family.text for family in list(self._families.values())])
 
     def _all(self, labels: Mapping[str, str], bare: bool) -> Mapping[str, str]:
         return labels if bare else {**self._labels, **labels}
@@ -149,15 +171,21 @@ class Registry(Generic[S]):
         family = self._families.get(name)
         if family is None:
             family = self._families[name] = _Family(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
-        family.series.append(series)
+        family.lines[series] = ""
+        self._family_of[series] = family
+        self._news.add(series)
 
 
 class _Family(Generic[S]):
     """Series of one name."""
 
     def __init__(self, header: str) -> None:
-        self.header = header
-        self.series: list[Series[S]] = []
+        self._header = header
+        self.lines: dict[Series[S], str] = {}
+        self.text = b""
+
+    def join(self) -> None:
+        self.text = f"{self._header}{''.join(list(self.lines.values()))}".encode()
 
 
 def _start(name: str, labels: Mapping[str, str]) -> str:

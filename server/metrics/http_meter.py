@@ -19,24 +19,61 @@ UNKNOWN: Final = "unknown"
 _METHODS: Final = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 
 
+class HttpCounts:
+    """The counts of HTTP requests, and the event loop's lag from the first of them on."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._registry, self._lag = metrics.registry, LoopLag(metrics.event_loop_lag)
+        self._requests: dict[tuple[str, str, str], Counter] = {}
+        self._seconds: dict[tuple[str, str], Histogram] = {}
+
+    def begin(self) -> None:
+        """A request came in."""
+        self._lag.watch()
+
+    def end(self, handler: str, method: str, status: str, seconds: float) -> None:
+        """One was answered."""
+        requests = self._requests.get((handler, method, status))
+        if requests is None:
+            requests = self._requests[handler, method, status] = self._registry.counter(
+                "http_requests_total",
+                "HTTP requests.",
+                bare=True,
+                handler=handler,
+                method=method,
+                status=status,
+            )
+        requests.inc()
+        duration = self._seconds.get((handler, method))
+        if duration is None:
+            duration = self._seconds[handler, method] = self._registry.histogram(
+                "http_request_duration_seconds",
+                "From the arrival of an HTTP request to the last byte of its answer.",
+                edges.HTTP,
+                bare=True,
+                handler=handler,
+                method=method,
+            )
+        duration.observe(seconds)
+
+
 class HttpMeter:
     """ASGI middleware, inside of `edge.RequestId`. A label is never what a client wrote: handlers
     are templates of routes, methods those that there are."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, templates: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, counts: HttpCounts, templates: Collection[str]
+    ) -> None:
         """Args:
         templates: paths of the routes.
         """
-        self._app, self._metrics = app, metrics
+        self._app, self._metrics, self._counts = app, metrics, counts
         self._templates = frozenset(templates)
-        self._lag = LoopLag(metrics.event_loop_lag)
-        self._requests: dict[tuple[str, str, str], Counter] = {}
-        self._seconds: dict[tuple[str, str], Histogram] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        self._lag.watch()
+        self._counts.begin()
         status = 0  # none was sent
         complete = False
 
@@ -63,28 +100,7 @@ class HttpMeter:
         method = method if method in _METHODS else UNKNOWN
         seconds = time.monotonic() - scope["state"]["arrival"]
         kind = f"{(status or 499) // 100}xx"  # nothing sent: the client went away
-        requests = self._requests.get((handler, method, kind))
-        if requests is None:
-            requests = self._requests[handler, method, kind] = self._metrics.registry.counter(
-                "http_requests_total",
-                "HTTP requests.",
-                bare=True,
-                handler=handler,
-                method=method,
-                status=kind,
-            )
-        requests.inc()
-        duration = self._seconds.get((handler, method))
-        if duration is None:
-            duration = self._seconds[handler, method] = self._metrics.registry.histogram(
-                "http_request_duration_seconds",
-                "From the arrival of an HTTP request to the last byte of its answer.",
-                edges.HTTP,
-                bare=True,
-                handler=handler,
-                method=method,
-            )
-        duration.observe(seconds)
+        self._counts.end(handler, method, kind, seconds)
 
     def _handler(self, scope: Scope) -> str:
         if "route" in scope:

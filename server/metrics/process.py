@@ -28,8 +28,13 @@ class ProcessMetrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the text is still good."""
+        return self._clock() - self._made < MAX_AGE
+
     def render(self) -> bytes:
         """The exposition text, at most `MAX_AGE` old."""
-        if self._clock() - self._made >= MAX_AGE:
+        if not self.fresh:
             self._text, self._made = generate_latest(self._registry), self._clock()
         return self._text

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.protocol import EngineStats, Progress, Receipt, Refusal, StepOutput, StepReport
 from engine.protocol import TokenDelta as Delta
 from scheduler.request import InvalidRequest, Request, SamplingParams
 from server.errors import ApiError, unsupported
+from server.keys import KeyRing
 from server.metrics import Metrics, Slo, scrape
-from server.metrics.exposition import CONTENT_TYPE, Histogram
+from server.metrics.exposition import CONTENT_TYPE, Registry
 from server.metrics.failures import failure, rejection
 from server.metrics.loop_lag import LoopLag
 from server.metrics.process import ProcessMetrics
-from server.metrics.scrape import Scrape, ShortCut
+from server.metrics.scrape import Scrape
 from server.startup_times import StartupTimes
 from tests.server.fake_engine import INFO, FakeEngine
-from tests.server.front import CHAT, Door, door, says
+from tests.server.front import CHAT, Door, app_over, door, says
 from tests.server.text_models import ids_of
 
 CONTRACT = Path(__file__).with_name("metrics_contract.txt")
@@ -397,7 +398,7 @@ def test_scrapes_share_a_text_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def ask() -> None:
         nonlocal now
-        shared = Scrape(render, lambda: now)
+        shared = Scrape(render, clock=lambda: now)
         assert await asyncio.gather(*(shared.text() for _ in range(5))) == [b"1"] * 5
         now = 0.09
         assert await shared.text() == b"1"
@@ -418,39 +419,79 @@ def test_what_proc_says_is_read_once_a_second() -> None:
     assert process.render() is not first
 
 
-def test_a_histogram_s_text_is_made_again_where_something_was_observed() -> None:
-    histogram = Histogram("seconds", {}, [1.0])
-    first = histogram.lines(None)
-    assert "seconds_count 0.0" in first
-    assert histogram.lines(None) is first
-    histogram.observe(0.0)  # which leaves the sum as it was
-    assert "seconds_count 1.0" in histogram.lines(None)
-    histogram.observe(2.0)
-    assert "seconds_sum 2.0" in histogram.lines(None)
+def test_what_has_no_news_is_not_rendered_again() -> None:
+    reads: list[int] = []
+    registry = Registry[int]({})
+    seconds = registry.histogram("seconds", "Seconds.", [1.0])
+    requests = registry.counter("requests_total", "Requests.")
+    registry.read("gauge", "running", "Running.", lambda state: reads.append(state) or state)
+    first = registry.render(0)
+    assert all(line in first for line in (b"seconds_count 0.0", b"requests_total 0.0"))
+    assert (registry.render(0), reads) == (first, [0])
+    seconds.observe(0.0)  # which leaves the sum as it was
+    assert b"seconds_count 1.0" in registry.render(0)
+    seconds.observe(2.0)
+    requests.inc()
+    later = registry.render(3)
+    assert all(line in later for line in (b"seconds_sum 2.0", b"requests_total 1.0", b"running 3"))
+    registry.counter("requests_total", "Requests.", kind="late")
+    assert b'requests_total 1.0\nrequests_total{kind="late"} 0.0\n' in registry.render(3)
+    assert reads == [0, 3]
 
 
-def test_a_scrape_waits_for_no_layer_of_the_application() -> None:
-    front = door(says("x"))
-    passed: list[str] = []
+def test_a_quiet_text_is_made_at_once_and_others_on_a_thread() -> None:
+    threads: list[int] = []
+    quiet = False
 
-    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
-        passed.append(scope["method"])
+    def render() -> bytes:
+        threads.append(threading.get_ident())
+        return b""
 
-    shared = Scrape(lambda: b"text")
-    short = ShortCut(inner, shared)
-    transport = httpx.ASGITransport(app=short)
+    async def ask() -> None:
+        nonlocal quiet
+        shared = Scrape(render, lambda: quiet)
+        await shared.text()
+        quiet = True
+        await shared.text()
 
-    async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get("/metrics")
+    asyncio.run(ask())
+    assert [thread == threading.get_ident() for thread in threads] == [False, True]
 
-    answer = asyncio.run(ask())
-    assert (answer.text, answer.headers["content-length"], passed) == ("text", "4", [])
-    refused = front.call("POST", "/metrics")
+
+def test_quiet_means_nothing_heard_since_the_last_text() -> None:
+    stats = EngineStats()
+    metrics = Metrics(lambda: stats, INFO, "m")
+    assert not metrics.quiet
+    metrics.render()
+    assert metrics.quiet
+    stats = EngineStats()
+    assert not metrics.quiet
+
+
+def test_a_scrape_enters_no_layer_of_the_application() -> None:
+    app = app_over(says("x"), keys=KeyRing([("sk-mine", "")]))
+    paths: list[str] = []
+
+    class Layer:
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            paths.append(f"{scope['method']} {scope['path']}")
+            await self._app(scope, receive, send)
+
+    app.add_middleware(Layer)  # the outermost
+    front = Door(app)
+    answer = front.get("/metrics", headers={"authorization": "Bearer sk-mine"})
+    assert (answer.status_code, paths) == (200, [])
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert front.get("/metrics").status_code == 401
+    refused = front.call("POST", "/metrics", headers={"authorization": "Bearer sk-mine"})
     assert (refused.status_code, sorted(refused.headers["allow"].split(", "))) == (
         405,
         ["GET", "HEAD"],
     )
+    assert paths == ["GET /metrics", "POST /metrics"]
 
 
 def test_a_scrape_is_a_request_like_others() -> None:
