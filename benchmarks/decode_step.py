@@ -44,6 +44,7 @@ def batch(decoder: Decoder, rows: int, context: int) -> ForwardContext:
     )
 
 
+@torch.inference_mode()
 def measure(
     decoder: Decoder,
     quantized: Decoder,

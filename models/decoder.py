@@ -33,6 +33,9 @@ class CausalLM:
 
     A family gives `forward`, `checkpoint_tensors` and `linears`, and extends `prepare`.
 
+    No weight asks for gradients, and steps run in torch's inference mode (`engine.runner`): here
+    nothing enters it a second time.
+
     `embed` holds the token table; `head` projects to the vocabulary and, with tied embeddings,
     uses the same storage (on CPUs `prepare` adds a packed copy of it).
 
@@ -98,12 +101,10 @@ class CausalLM:
     def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         return self.forward(token_ids, ctx)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: rows of `forward` -> float32 [rows, vocab_size]"""
         return self.head.scores(hidden)
 
-    @torch.inference_mode()
     def likeliest(self, hidden: Tensor) -> Tensor:
         """int64 [rows], the next token of the largest score, the first of equal ones."""
         return self.head.best(hidden)
@@ -141,7 +142,6 @@ class Decoder(CausalLM):
         self._step: Step | None = None
         self._stepped: tuple[Pages, ...] | None = None
 
-    @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
         if self.compiled and (step := self._step_over(ctx)):

@@ -28,7 +28,6 @@ class Model(Decoder):
                 config.sliding_rope, config.head_dim, config.max_position_embeddings, device
             )
 
-    @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
         x = self.embed(token_ids).mul_(self.embed_scale)
@@ -39,13 +38,11 @@ class Model(Decoder):
             x = layer(x, sliding if layer.attention.window else full, ctx)
         return self.norm(x)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: rows of `forward` -> float32 [rows, vocab_size]"""
         logits, cap = super().logits(hidden), self.config.logit_softcap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-    @torch.inference_mode()
     def likeliest(self, hidden: Tensor) -> Tensor:
         """int64 [rows], the next token of the largest score, the first of equal ones."""
         # Capping makes large scores equal.

@@ -27,7 +27,6 @@ class Model(CausalLM):
         self.layers = [Block(config, layer, **factory) for layer in range(config.num_layers)]
         self.norm = LayerNorm(hidden, config.norm_eps, **factory)
 
-    @torch.inference_mode()
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
         x = self.embed(token_ids) + self.positions(ctx.positions)
