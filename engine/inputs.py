@@ -79,6 +79,8 @@ class InputBuilder:
         numbers = array("q", [*slots, *[item.start for item in items], *counts, *wanted])
         numbers.frombytes(array("d", [items[row].uniform for row in wanted]).tobytes())
         decodes, longest = counts.count(1), max(ends)
+        # Who tells of a prompt needs the results of its rows, too.
+        all_rows = len(wanted) == sum(counts) or any(item.num_scored for item in items)
         rows = self.rows.gather(
             numbers, StepShape(len(items), decodes, sum(counts), len(wanted), longest)
         )
@@ -95,6 +97,7 @@ class InputBuilder:
                 layer_groups=self.layer_groups,
                 pages=self.pages,
                 backend=self.backend,
+                wanted=None if all_rows else rows.wanted,
             ),
             wanted=rows.wanted,
             sampled=SampledRows(

@@ -10,9 +10,10 @@ through all layers together, in one of two ways:
                 norm, q k v, rotate, store k v | attend | output, +=, norm, gate, up, down, += ..
 
 At each | all tasks of the phase are done before the next begins (`cpu_phase`). The second way ends
-a layer and begins the next one in the same phase. The stream between layers stays in float32 and
-is rounded where it enters a product, so results differ from those of separate operations by less
-than bfloat16 does; a row's result does not depend on the rows beside it, nor on the way.
+a layer and begins the next one in the same phase; the last one it ends only for the rows whose
+results are wanted. The stream between layers stays in float32 and is rounded where it enters a
+product, so results differ from those of separate operations by less than bfloat16 does; a row's
+result does not depend on the rows beside it, nor on the way.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ from kernels.cpu_pages import JOB as ATTENTION_JOB
 from kernels.cpu_pages import RECORD as ATTENTION_RECORD
 from kernels.cpu_pages import address, encode, helper, scratch
 from kernels.cpu_phase import PHASE_BYTES, meet
-from kernels.cpu_simd import float_pointer, long_pointer, read_int32, take
+from kernels.cpu_simd import copy_bytes, float_pointer, long_pointer, read_int32, take
 from kernels.cpu_team import WORKER, fingerprint, run
 from kernels.cpu_vectors import I64, LANES, LOG2E, const, exp2
 from kernels.pages import Pages, QuantizedPages
@@ -71,8 +72,13 @@ _ADDRESSES = (
     *("inner_rows", "embedding", "cos", "sin", "norm"),
 )
 # What is new in each call; the step itself sets partial_rows.
-_SIZES_OF_CALL = ("rows", "block_rows", "threads", "seqs", "max_blocks", "partial_rows")
-_ADDRESSES_OF_CALL = ("token_ids", "positions", "lens", "tables", "slots", "starts", "out")
+_SIZES_OF_CALL = (
+    *("rows", "block_rows", "results", "result_rows"),
+    *("threads", "seqs", "max_blocks", "partial_rows"),
+)
+_ADDRESSES_OF_CALL = (
+    *("token_ids", "positions", "lens", "tables", "slots", "starts", "wanted", "out"),
+)
 _INTEGERS = (*_SIZES, *_ADDRESSES, *_SIZES_OF_CALL, *_ADDRESSES_OF_CALL)
 
 
@@ -195,6 +201,7 @@ class Step:
         block_tables: Tensor,
         slot_mapping: Tensor,
         starts: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """New tokens of some sequences.
 
@@ -205,19 +212,23 @@ class Step:
             block_tables: int32 [seqs, max_blocks]
             slot_mapping: int32 [rows]; -1 stores nothing
             starts: int32 [seqs + 1], first row of each sequence; without, each has one row
+            wanted: int64 [results], rows whose results are asked for; without, all
 
         Returns:
-            bfloat16 [rows, hidden], behind the last norm
+            bfloat16 [results, hidden], behind the last norm
         """
         job, rows, threads = self._job, len(token_ids), torch.get_num_threads()
         self._reserve(rows, len(context_lens))
-        out = torch.empty(rows, self._hidden, dtype=torch.bfloat16)
+        results = rows if wanted is None else len(wanted)
+        out = torch.empty(results, self._hidden, dtype=torch.bfloat16)
+        job.results, job.result_rows = results, _share(results, threads)
         job.rows, job.block_rows, job.threads = rows, _block_rows(rows, threads), threads
         job.seqs, job.max_blocks = len(context_lens), block_tables.stride(0)
         job.token_ids, job.positions = token_ids.data_ptr(), positions.data_ptr()
         job.lens, job.tables = context_lens.data_ptr(), block_tables.data_ptr()
         job.slots, job.out = slot_mapping.data_ptr(), out.data_ptr()
         job.starts = 0 if starts is None else starts.data_ptr()
+        job.wanted = 0 if wanted is None else wanted.data_ptr()
         self._begin(self._address)
         self._reserve_partial(job.partial_rows)
         run(self._worker, self._record, threads)
@@ -226,9 +237,12 @@ class Step:
 
 def _block_rows(rows: int, threads: int) -> int:
     """Rows that a thread takes at a time; 0 where the threads share panels instead."""
-    if rows <= FEW_ROWS:
-        return 0
-    shares = threads * -(-rows // (threads * MOST_ROWS))
+    return 0 if rows <= FEW_ROWS else _share(rows, threads)
+
+
+def _share(rows: int, threads: int) -> int:
+    """Rows of a block, at most MOST_ROWS, of which all threads take about as many."""
+    shares = threads * max(1, -(-rows // (threads * MOST_ROWS)))
     return -(-rows // shares)
 
 
@@ -313,7 +327,7 @@ def _share_panels(job):
     for index in range(job.layers):
         layer, attention = _layer_at(job, index), _attention_at(job, index)
         phase = job.counters + index * PHASES * PHASE_BYTES
-        _normalize(job, layer.attention_norm, 0, rows, x, line)
+        _normalize(job, layer.attention_norm, job.stream, rows, x, line)
         done = 0
         while True:
             task = take(phase)
@@ -339,7 +353,7 @@ def _share_panels(job):
         done = _add_product(job, phase, job.attended, depth, matrix, sums)
         meet(phase, done, hidden // PANEL, job.give_way)
         phase += PHASE_BYTES
-        _normalize(job, layer.mlp_norm, 0, rows, x, line)
+        _normalize(job, layer.mlp_norm, job.stream, rows, x, line)
         done = 0
         while True:
             task = take(phase)
@@ -353,22 +367,23 @@ def _share_panels(job):
         done = _add_product(job, phase, job.inner_rows, job.inner, matrix, sums)
         meet(phase, done, hidden // PANEL, job.give_way)
     while True:
-        row = take(job.counters + job.layers * PHASES * PHASE_BYTES)
-        if row >= rows:
+        result = take(job.counters + job.layers * PHASES * PHASE_BYTES)
+        if result >= job.results:
             break
-        _normalize(job, job.norm, row, row + 1, job.out + row * hidden * 2, line)
+        stream = job.stream + _row_of(job, result) * hidden * 4
+        _normalize(job, job.norm, stream, 1, job.out + result * hidden * 2, line)
     normed[0] = 0  # Numba frees an array after the last use of its name, and `x` is another
 
 
 @helper
 def _share_rows(job):
     """All layers for many rows: a block of them ends one layer and begins the next."""
-    hidden, rows, height = job.hidden, job.rows, job.block_rows
-    blocks = (rows + height - 1) // height
-    normed, sums, turning = _normed(job, height), scratch(2 * height * PANEL), _turning(job)
-    inner, line = np.empty(height * job.inner, np.uint16), scratch(hidden)
+    hidden, depth, rows, height = job.hidden, job.heads * job.head_dim, job.rows, job.block_rows
+    blocks, tallest = (rows + height - 1) // height, max(height, job.result_rows)
+    normed, sums, turning = _normed(job, tallest), scratch(2 * tallest * PANEL), _turning(job)
+    inner, line = np.empty(tallest * job.inner, np.uint16), scratch(hidden)
     x = address(normed, 0)
-    for index in range(job.layers + 1):
+    for index in range(job.layers):
         phase, done = job.counters + index * PHASES * PHASE_BYTES, 0
         while True:
             first = take(phase) * height
@@ -376,16 +391,44 @@ def _share_rows(job):
                 break
             end = min(first + height, rows)
             if index > 0:
-                _end_layer(job, _layer_at(job, index - 1), first, end, x, inner, sums, line)
-            if index < job.layers:
-                _begin_layer(job, index, first, end, x, sums, line, turning)
-            else:
-                _normalize(job, job.norm, first, end, job.out + first * hidden * 2, line)
+                source, stream = job.attended + first * depth * 2, job.stream + first * hidden * 4
+                layer = _layer_at(job, index - 1)
+                _end_layer(job, layer, end - first, source, stream, x, inner, sums, line)
+            _begin_layer(job, index, first, end, x, sums, line, turning)
             done += 1
-        if index < job.layers:
-            meet(phase, done, blocks, job.give_way)
-            _attend(job, index, phase + PHASE_BYTES)
+        meet(phase, done, blocks, job.give_way)
+        _attend(job, index, phase + PHASE_BYTES)
+    _finish(job, x, inner, sums, line)
     normed[0], inner[0] = 0, 0  # as above
+
+
+@helper
+def _finish(job, x, inner, sums, line):
+    """The last layer behind attention, and the last norm, of the rows that are wanted."""
+    hidden, depth, height = job.hidden, job.heads * job.head_dim, job.result_rows
+    attended, numbers = scratch((height * depth + 1) // 2), scratch(height * hidden)
+    source, stream = address(attended, 0), address(numbers, 0)
+    layer = _layer_at(job, job.layers - 1)
+    while True:
+        first = take(job.counters + job.layers * PHASES * PHASE_BYTES) * height
+        if first >= job.results:
+            break
+        rows = min(height, job.results - first)
+        for r in range(rows):
+            row = _row_of(job, first + r)
+            copy_bytes(source + r * depth * 2, job.attended + row * depth * 2, depth * 2)
+            copy_bytes(stream + r * hidden * 4, job.stream + row * hidden * 4, hidden * 4)
+        _end_layer(job, layer, rows, source, stream, x, inner, sums, line)
+        _normalize(job, job.norm, stream, rows, job.out + first * hidden * 2, line)
+    attended[:1], numbers[:1] = 0, 0  # as above
+
+
+@helper
+def _row_of(job, result):
+    """The row whose result is the `result`-th wanted one."""
+    if job.wanted:
+        return carray(long_pointer(job.wanted), job.results)[result]
+    return result
 
 
 @helper
@@ -394,7 +437,7 @@ def _begin_layer(job, index, first, end, x, sums, line, turning):
     layer, attention = _layer_at(job, index), _attention_at(job, index)
     hidden, rows = job.hidden, end - first
     width = (job.heads + 2 * job.kv_heads) * job.head_dim
-    _normalize(job, layer.attention_norm, first, end, x, line)
+    _normalize(job, layer.attention_norm, job.stream + first * hidden * 4, rows, x, line)
     target = job.qkv + first * width * 2
     for panel in range(width // PANEL):
         _multiply(rows, x, hidden, layer.qkv, panel, sums)
@@ -405,14 +448,14 @@ def _begin_layer(job, index, first, end, x, sums, line, turning):
 
 
 @helper
-def _end_layer(job, layer, first, end, x, inner, sums, line):
-    """Rows [first, end) from the results of attention to the stream."""
-    hidden, depth, rows = job.hidden, job.heads * job.head_dim, end - first
-    source, stream = job.attended + first * depth * 2, job.stream + first * hidden * 4
+def _end_layer(job, layer, rows, source, stream, x, inner, sums, line):
+    """Rows of the stream, float32 [rows, hidden], from the results of attention, bfloat16
+    [rows, heads * head_dim] at `source`, to the next layer."""
+    hidden, depth = job.hidden, job.heads * job.head_dim
     for panel in range(hidden // PANEL):
         _multiply(rows, source, depth, layer.output, panel, sums)
         _add(rows, sums, stream, hidden, panel)
-    _normalize(job, layer.mlp_norm, first, end, x, line)
+    _normalize(job, layer.mlp_norm, stream, rows, x, line)
     source = inner.ctypes.data
     for panel in range(job.inner // PANEL):
         _multiply_gated(job, layer, rows, x, panel, source, sums)
@@ -444,14 +487,14 @@ def _attention_at(job, index):
 
 
 @helper
-def _normalize(job, weight, first, end, target, line):
-    """Rows [first, end) of the stream, normalized, as bfloat16 [end - first, hidden]."""
+def _normalize(job, weight, stream, rows, target, line):
+    """Rows of the stream, float32 [rows, hidden], normalized, as bfloat16 at `target`."""
     hidden = job.hidden
     scale = carray(float_pointer(weight), hidden)
-    for row in range(first, end):
-        numbers = carray(float_pointer(job.stream + row * hidden * 4), hidden)
+    for row in range(rows):
+        numbers = carray(float_pointer(stream + row * hidden * 4), hidden)
         _scale_to_unit(line, numbers, scale, hidden, job.eps)
-        place = target + (row - first) * hidden * 2
+        place = target + row * hidden * 2
         store_row(BFLOAT16, address(line, 0), place, hidden, np.float32(1))
 
 

@@ -45,6 +45,7 @@ class ForwardContext:
         groups: one per KV group; `layer_groups[layer]` says which one a layer uses
         pages: per layer [2, num_blocks, kv_heads, block_size, head_dim], or quantized ones
         backend: the attention kernels of this device
+        wanted: int64 [rows]; the rows whose results are asked for, None for all
     """
 
     positions: Tensor
@@ -57,6 +58,11 @@ class ForwardContext:
     layer_groups: tuple[int, ...]
     pages: tuple[Pages, ...]
     backend: Backend
+    wanted: Tensor | None = None
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """Those of all rows [tokens, ...] that are asked for."""
+        return rows if self.wanted is None else rows[self.wanted]
 
     def starts(self) -> Tensor | None:
         """int32 [seqs + 1], the first row of every sequence; None where each has one row."""

@@ -95,7 +95,7 @@ class CausalLM:
         self.head.pack(searched=True)
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        """int64 [tokens] -> [wanted rows, hidden_size], the final norm applied"""
         raise NotImplementedError
 
     def __call__(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -143,17 +143,18 @@ class Decoder(CausalLM):
         self._stepped: tuple[Pages, ...] | None = None
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        """int64 [tokens] -> [wanted rows, hidden_size], the final norm applied"""
         if self.compiled and (step := self._step_over(ctx)):
             tables, slots = ctx.groups[0].block_tables, ctx.groups[0].slot_mapping.int()
-            return step(token_ids, ctx.positions, ctx.context_lens, tables, slots, ctx.starts())
+            lens, starts = ctx.context_lens, ctx.starts()
+            return step(token_ids, ctx.positions, lens, tables, slots, starts, ctx.wanted)
         x = self.embed(token_ids)
         if ctx.backend.layers is not None and self.fuses:
-            return fused_forward(self, x, ctx.backend.layers, ctx)
+            return ctx.pick(fused_forward(self, x, ctx.backend.layers, ctx))
         rotation = self.rotary(ctx.positions)
         for layer in self.layers:
             x = layer(x, rotation, ctx)
-        return self.norm(x)
+        return ctx.pick(self.norm(x))
 
     def _step_over(self, ctx: ForwardContext) -> Step | None:
         """The compiled step, made when a cache is first seen."""

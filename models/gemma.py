@@ -29,14 +29,14 @@ class Model(Decoder):
             )
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        """int64 [tokens] -> [wanted rows, hidden_size], the final norm applied"""
         x = self.embed(token_ids).mul_(self.embed_scale)
         full = sliding = self.rotary(ctx.positions)
         if self.sliding_rotary is not self.rotary:
             sliding = self.sliding_rotary(ctx.positions)
         for layer in self.layers:
             x = layer(x, sliding if layer.attention.window else full, ctx)
-        return self.norm(x)
+        return ctx.pick(self.norm(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: rows of `forward` -> float32 [rows, vocab_size]"""

@@ -28,11 +28,11 @@ class Model(CausalLM):
         self.norm = LayerNorm(hidden, config.norm_eps, **factory)
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """int64 [tokens] -> [tokens, hidden_size], the final norm applied"""
+        """int64 [tokens] -> [wanted rows, hidden_size], the final norm applied"""
         x = self.embed(token_ids) + self.positions(ctx.positions)
         for layer in self.layers:
             x = layer(x, ctx)
-        return self.norm(x)
+        return ctx.pick(self.norm(x))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         tensors = {

@@ -117,6 +117,25 @@ def test_prompt_logprobs_pass_the_cache_over_and_are_told_once(path: Path, oracl
     assert loop.scheduler.prefix.hits == hits
 
 
+def test_only_prompts_that_tell_have_the_results_of_all_rows(path: Path, monkeypatch):
+    loop = engine(path, max_num_batched_tokens=32, max_num_seqs=4)
+    model, seen = loop.runner.model, []
+    forward = model.forward
+
+    def watched(token_ids, ctx):
+        hidden = forward(token_ids, ctx)
+        seen.append((len(token_ids), len(hidden)))
+        return hidden
+
+    monkeypatch.setattr(model, "forward", watched)
+    prompt = range(40)
+    deltas(loop, [request("plain", prompt, max_tokens=2)])
+    assert seen == [(32, 0), (8, 1), (1, 1)]
+    seen.clear()
+    deltas(loop, [request("told", prompt, max_tokens=2, prompt_logprobs=0)])
+    assert seen == [(32, 32), (8, 8), (1, 1)]
+
+
 def test_long_prompts_are_scored_in_pieces(monkeypatch: pytest.MonkeyPatch):
     hidden, tokens = torch.randn(10, 8), torch.arange(10)
     head = torch.randn(8, 30)

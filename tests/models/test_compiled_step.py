@@ -188,6 +188,24 @@ def test_a_row_depends_neither_on_the_way_nor_on_the_chunk_beside_it(quantized: 
     assert short.forward(ids[:1], alone).equal(together[:1])  # by panels
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rows_that_are_wanted_get_the_same_alone(quantized: bool, threads: int) -> None:
+    short, _ = decoders("qwen2", quantized)
+    needs_step(short)
+    for lengths, chunks in (([7, 90, 300], [1, 90, 150]), ([30, 5], [17, 5]), ([9] * 70, None)):
+        rows = sum(chunks or [1] * 70)
+        ids, pages = torch.arange(rows) % 96, plain_pages(short, torch.bfloat16)
+        ctx = batch(lengths, pages, 3, chunks)
+        every = short.forward(ids, ctx)
+        stored = [page.clone() for page in pages]
+        for wanted in ([rows - 1], [0, 3, rows - 2], [], list(range(5, rows)), [4, 2, 2]):
+            for page, drawn in zip(pages, plain_pages(short, torch.bfloat16), strict=True):
+                page.copy_(drawn)
+            found = short.forward(ids, replace(ctx, wanted=torch.tensor(wanted, dtype=torch.int64)))
+            assert found.equal(every[wanted])
+            assert all(map(torch.equal, pages, stored)), "keys and values are those of all rows"
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantized_pages(name: str) -> None:
     short, _ = decoders("qwen3")

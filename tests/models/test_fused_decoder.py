@@ -68,6 +68,14 @@ def test_fused_operations_change_nothing(kind: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_wanted_rows_of_all() -> None:
+    model = decoder("Llama")
+    cache = batches.Cache(model, replace(PLAIN, layers=OPS), 4, torch.float32)
+    ctx, tokens = cache.context([(0, 0, 7), (1, 0, 4)]), torch.arange(11)
+    every = model(tokens, ctx)
+    assert model(tokens, replace(ctx, wanted=torch.tensor([6, 10]))).equal(every[[6, 10]])
+
+
 def test_decoders_with_other_layers_are_left_alone() -> None:
     gemma = decoder("Gemma2", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=32)
     assert not gemma.fuses and decoder("Llama").fuses

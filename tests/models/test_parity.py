@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_whole_prompts(model, prompts, expected):
 def test_ragged_batches(model, prompts, expected, backend, block_size):
     cache = Cache(model, dispatch.backend(CPU, backend), block_size, torch.float32)
     assert_close(run(model, cache, prompts, STEPS), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_wanted_rows_of_all(model, prompts, backend):
+    cache = Cache(model, dispatch.backend(CPU, backend), 16, torch.float32)
+    ctx, tokens = (
+        cache.context([(0, 0, 40), (1, 0, 17)]),
+        torch.cat([prompts[0][:40], prompts[1][:17]]),
+    )
+    every = model(tokens, ctx)
+    assert len(every) == len(tokens)
+    for wanted in ([39, 56], [56], []):
+        found = model(tokens, replace(ctx, wanted=torch.tensor(wanted, dtype=torch.int64)))
+        assert found.equal(every[wanted])
 
 
 def test_bfloat16(kind, folder, prompts, reference, expected):
