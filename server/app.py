@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from engine.client import EngineClient
 from server import __version__, errors, openapi
@@ -130,6 +132,8 @@ def create_app(
     app.add_middleware(HttpMeter, metrics=metrics, counts=counts, templates=templates)
     app.add_middleware(AccessLog)
     app.add_middleware(RequestId)
+    proxies = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")  # uvicorn's name of them
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=proxies)
     scrape_keys = KeyRing() if metrics_without_key else keys
     app.front = ShortCut(app.front, scrape, scrape_keys, counts)
     return app

@@ -272,6 +272,7 @@ async def _http(app: ASGIApp, listening: socket.socket) -> AsyncIterator[uvicorn
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # `create_app` reads them, behind the way of scrapes
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
     )

@@ -206,6 +206,12 @@ def test_the_access_log_tells_each_request_but_checks(caplog: pytest.LogCaptureF
     assert (fields["tenant"], fields["client"]) == ("other", "127.0.0.1")
 
 
+def test_the_access_log_tells_the_client_behind_a_proxy(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "quire.access")
+    door(says("x")).get("/none", headers={"x-forwarded-for": "203.0.113.9"})
+    assert caplog.records[0].__dict__["fields"]["client"] == "203.0.113.9"
+
+
 def test_prompts_are_logged_only_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     front = door(says("x"))
     caplog.set_level("DEBUG")
