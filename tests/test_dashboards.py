@@ -178,9 +178,10 @@ def wait_for_samples(url: str, count: int) -> None:
     while time.monotonic() < deadline:
         time.sleep(0.2)
         try:
-            seen = ask(url, "count_over_time(vllm:num_requests_running[1h])")
+            httpx.get(f"{url}/-/ready").raise_for_status()  # it listens before: 503
         except httpx.HTTPError:
             continue  # it starts
+        seen = ask(url, "count_over_time(vllm:num_requests_running[1h])")
         if seen and seen[0] >= count:
             return
     raise AssertionError("Prometheus does not scrape the server")
