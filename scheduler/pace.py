@@ -26,8 +26,8 @@ class Pace:
         self._decoding: dict[int, MovingRate] = {}  # steps, by the bits of how many decode
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """Takes in how long a step took."""
-        if seconds <= 0:
+        """Takes in how long a step took, where that is going to be asked for."""
+        if not self.stretch or seconds <= 0:
             return
         decoding = sum(item.count == 1 for item in plan.scheduled)
         read = plan.num_tokens - decoding
